@@ -1,0 +1,174 @@
+"""Facts a plan is made from, and the cost a method predicts from them. Plain numbers, no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockFacts:
+    """One repeated layer of a model.
+
+    Attributes:
+        params: Parameters in the layer, norms and biases included.
+        matmul_params: Entries of its weight matrices that multiply every token.
+        attention_width: heads x head_dim summed over its attention products; 0 without attention.
+        stream: ``"decoder"`` or ``"encoder"``: whose sequence length it sees.
+        cross_width: Same as ``attention_width`` for attention from decoder to encoder states.
+    """
+
+    params: int
+    matmul_params: int
+    attention_width: int = 0
+    stream: str = "decoder"
+    cross_width: int = 0
+    cross_matmul_params: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainableFacts:
+    """Which parts of a model receive updates, in the detail that decides the backward's cost.
+
+    Attributes:
+        params: Trainable parameters.
+        lowest_block: Index of the first block whose input gradients are needed; ``-1`` when
+            something before the blocks trains (embeddings), ``len(blocks)`` when only parts after
+            them train.
+        block_matmul_params: Per block, trainable entries of matrices that multiply every token.
+        head_matmul_params: The same for the output head.
+    """
+
+    params: int
+    lowest_block: int
+    block_matmul_params: tuple[int, ...]
+    head_matmul_params: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """Shapes of a model, in units of parameters. ``blocks`` are in forward order."""
+
+    architecture: str
+    params: int
+    blocks: tuple[BlockFacts, ...]
+    head_matmul_params: int
+    embedding_params: int
+    hidden_size: int
+    vocab_size: int
+    intermediate_size: int = 0
+    weight_bytes: int = 0
+    param_bytes: float = 4.0
+    trainable: TrainableFacts | None = None
+    is_causal_lm: bool = True
+    is_encoder_decoder: bool = False
+    is_peft: bool = False
+    is_quantized: bool = False
+    tied_embeddings: bool = False
+    dropout: float = 0.0
+    exact_flops: bool = True
+    """False when a module of unknown cost was met and FLOPs are an estimate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolFacts:
+    """Size of the candidate pool and of the target (reference) set. ``None`` means unknown."""
+
+    num_rows: int | None
+    mean_tokens: float
+    max_tokens: int
+    num_reference: int = 0
+    mean_reference_tokens: float = 0.0
+    columns: tuple[str, ...] = ()
+    streaming: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareFacts:
+    """What the run may use. ``flops_per_second`` is measured or None, never guessed."""
+
+    device: str = "cpu"
+    total_bytes: int = 0
+    free_bytes: int = 0
+    cores: int = 1
+    world_size: int = 1
+    backend: str = "none"
+    """``"none"``, ``"ddp"``, ``"fsdp2"``, ``"fsdp1"`` or ``"deepspeed"``."""
+    flops_per_second: float | None = None
+    energy_source: str = "unavailable"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """The training arguments that a plan depends on."""
+
+    trainer: str = "trainer"
+    """``"trainer"`` or ``"sft"``."""
+    batch_size: int = 8
+    """Rows per device and micro-batch."""
+    accumulation: int = 1
+    max_steps: int = -1
+    epochs: float = 3.0
+    length: int = 0
+    """Tokens per row after padding and truncation; 0 when unknown."""
+    compute_bytes: float = 4.0
+    """Bytes per activation element."""
+    checkpointing: bool = False
+    packing: bool = False
+    padding_free: bool = False
+    fp16: bool = False
+    bf16: bool = False
+    max_grad_norm: float = 1.0
+    optim: str = "adamw_torch"
+    optimizer_bytes: float = 8.0
+    """Bytes of optimizer state per trainable parameter."""
+    auto_find_batch_size: bool = False
+    custom_optimizer: bool = False
+    lr_scheduler: str = "linear"
+    learning_rate: float = 5e-5
+    remove_unused_columns: bool = True
+    price_per_hour: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Everything ``make_plan`` and a method's ``cost`` may look at."""
+
+    model: ModelFacts
+    pool: PoolFacts
+    hardware: HardwareFacts = field(default_factory=HardwareFacts)
+    run: RunFacts = field(default_factory=RunFacts)
+
+    def replace(self, **changes: Any) -> Facts:
+        """Copy with some parts changed."""
+        return dataclasses.replace(self, **changes)
+
+
+MEMORY_TERMS = ("weights", "gradients", "optimizer", "activations", "rest")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a method predicts it will spend.
+
+    Attributes:
+        flops: FLOPs spent once (selection: scoring and warm-up; governor: all probes).
+        step_flops: Mean FLOPs of one optimizer step over the whole run (memory methods).
+        tokens: Tokens processed once, beside training steps.
+        disk_bytes: Bytes written outside checkpoints.
+        bytes: Peak bytes per memory term, keys of ``MEMORY_TERMS``. The five add up to an upper
+            estimate of the peak during training.
+    """
+
+    flops: float = 0.0
+    step_flops: float = 0.0
+    tokens: float = 0.0
+    disk_bytes: float = 0.0
+    bytes: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def peak_bytes(self) -> float:
+        """Sum of the memory terms."""
+        return float(sum(self.bytes.values()))

@@ -1,0 +1,39 @@
+import os
+
+# Before any import of the stack: no network, no telemetry, no trackers, one thread a worker.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from hf_eff.testing.tiny import tiny_tokenizer
+
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def model():
+    from hf_eff.testing.tiny import tiny_model
+
+    return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def pool():
+    from hf_eff.testing.tiny import tiny_pool
+
+    return tiny_pool()
+
+
+@pytest.fixture(scope="session")
+def target():
+    from hf_eff.testing.tiny import tiny_target
+
+    return tiny_target()
