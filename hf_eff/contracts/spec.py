@@ -203,6 +203,8 @@ class Traits:
     packing: bool = True
     streaming: bool = False
     """Works with an ``IterableDataset`` of unknown length."""
+    freezes_parameters: bool = False
+    """Memory: toggles ``requires_grad`` while training, so DDP must expect unused parameters."""
     dropout_off: bool = False
     """Memory: its training forward runs in eval mode."""
     max_grad_norm: bool = True
@@ -221,6 +223,8 @@ class MethodSpec:
         config: Its options class.
         build: Called as ``build(config)``; returns the object its contract describes.
         cost: Called as ``cost(config, facts) -> Cost``: pure, no device, no torch objects.
+        adapt: Called as ``adapt(config, facts) -> Facts``: the facts once this method is applied,
+            for methods that change the model (adapters) under another method; None for no change.
         paper: Source, or None for a baseline.
         traits: What it needs and works with.
         tiny: Option values that suit a toy model in tests.
@@ -236,6 +240,7 @@ class MethodSpec:
     config: type[MethodConfig]
     build: Callable[[Any], Any]
     cost: Callable[[Any, Any], Any]
+    adapt: Callable[[Any, Any], Any] | None = None
     paper: Paper | None = None
     traits: Traits = Traits()
     tiny: Mapping[str, Any] = dataclasses.field(default_factory=dict)
