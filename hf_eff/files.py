@@ -15,7 +15,11 @@ from hf_eff.errors import OptionError
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; rename it there if the block succeeds, else remove it."""
+    """Give a temporary path beside ``path``; rename it there if the block succeeds, else remove it.
+
+    Yields:
+        The temporary path.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_eff import registry
@@ -160,3 +160,18 @@ def _split_options(kind: str, specs: list[MethodSpec], kwargs: dict[str, Any]) -
             )
         split[owners[0]][key] = value
     return split
+
+
+def with_default_memory(options: EffOptions, default: str) -> EffOptions:
+    """Complete ``memory`` by a trainer's own default when nothing given fills that slot.
+
+    ``"lora"`` on a trainer whose default is ``"mezo"`` becomes ``"lora+mezo"``.
+    """
+    if default == "full":
+        return options
+    wanted = registry.get_method("memory", default)
+    given = registry.resolve("memory", options.memory)
+    if any(spec.slot == wanted.slot for spec in given):
+        return options
+    names = [spec.name for spec in given if not spec.traits.baseline]
+    return replace(options, memory="+".join([*names, default]))

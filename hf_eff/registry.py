@@ -178,5 +178,3 @@ def require(spec: MethodSpec) -> None:
             raise MissingDependencyError(
                 f"{spec.address} needs the package {package!r}; install it with: pip install 'hf_eff[{extra}]'"
             )
-
-

@@ -78,12 +78,9 @@ def format_amount(currency: str, amount: float) -> str:
         return format_bytes(amount)
     if currency == "seconds":
         return format_seconds(amount)
-    if currency == "kwh":
-        return f"{amount:.4g} kWh"
-    if currency == "usd":
-        return f"{amount:.4g} USD"
-    if currency == "steps":
-        return f"{amount:.0f} steps"
+    plain = {"kwh": f"{amount:.4g} kWh", "usd": f"{amount:.4g} USD", "steps": f"{amount:.0f} steps"}
+    if currency in plain:
+        return plain[currency]
     word = {"flops": "FLOP", "tokens": "tok"}[currency]
     for prefix in ("E", "P", "T", "G", "M", "k"):
         if amount >= _PREFIX[prefix]:

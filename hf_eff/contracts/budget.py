@@ -68,9 +68,7 @@ class Budget:
 
     def share(self, spent: Mapping[str, float]) -> float:
         """Spent part of the scarcest additive currency, in [0, 1]; 0 without one."""
-        shares = [
-            spent.get(currency, 0.0) / limit for currency, limit in self.limits.items() if currency != "bytes"
-        ]
+        shares = [spent.get(currency, 0.0) / limit for currency, limit in self.limits.items() if currency != "bytes"]
         return min(1.0, max(shares, default=0.0))
 
     def first_passed(self, spent: Mapping[str, float], need: Mapping[str, float]) -> str | None:

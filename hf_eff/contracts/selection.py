@@ -74,9 +74,9 @@ class SelectionContext:
     device: Any = "cpu"
     batch_tokens: int = 16384
     store_dir: Path | None = None
-    spend: Callable[[float, float], None] = lambda flops, tokens: None
-    forward_flops: Callable[[int, int], float] = lambda batch, length: 0.0
-    progress: Callable[..., Any] = lambda iterable, total=None, description="": iterable
+    spend: Callable[[float, float], None] = lambda _flops, _tokens: None
+    forward_flops: Callable[[int, int], float] = lambda _batch, _length: 0.0
+    progress: Callable[..., Any] = lambda iterable, **_: iterable
     learning_rate: float = 2e-5
     is_causal_lm: bool = True
     stop_requested: Callable[[], bool] = lambda: False

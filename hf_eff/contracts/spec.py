@@ -202,7 +202,7 @@ class Traits:
     """Works when base weights are quantised."""
     packing: bool = True
     streaming: bool = False
-    """Works with an ``IterableDataset`` of unknown length."""
+    """Selection: works with an ``IterableDataset`` of unknown length."""
     freezes_parameters: bool = False
     """Memory: toggles ``requires_grad`` while training, so DDP must expect unused parameters."""
     dropout_off: bool = False

@@ -11,13 +11,13 @@ import ast
 import dataclasses
 import inspect
 import itertools
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from hf_eff.contracts.spec import KINDS, MethodSpec, Traits
-from hf_eff.registry import get_method, list_methods
+from hf_eff.files import write_text
+from hf_eff.registry import get_method, list_methods, origin
 from hf_eff.report.markdown import table
 
 START, END = "<!-- spec -->", "<!-- /spec -->"
@@ -27,6 +27,23 @@ def render_head(spec: MethodSpec) -> str:
     """The head of the card, markers included, without a newline at its end."""
     parts = [f"# {spec.name}", spec.summary, _facts(spec), "## Options", _options(spec), "## Traits", _traits(spec)]
     return "\n\n".join([START, *parts, END])
+
+
+def method_card(kind: str, name: str) -> str:
+    """Markdown card of a method: its committed page, else the head that its SPEC gives.
+
+    Raises:
+        UnknownMethodError: The kind or the name is not registered.
+    """
+    spec = get_method(kind, name)
+    source = Path(origin(kind, name))
+    if source.is_file():  # a built-in; its page is inside the wheel, or beside the package in a checkout
+        package = source.parents[1]
+        for root in (package, package.parent):
+            page = root / "model_cards" / kind / f"{name}.md"
+            if page.is_file():
+                return page.read_text(encoding="utf-8")
+    return render_head(spec)
 
 
 def sync_card(path: Path, spec: MethodSpec) -> bool:
@@ -45,9 +62,7 @@ def sync_card(path: Path, spec: MethodSpec) -> bool:
         raise ValueError(f"{path} needs the line {START!r} and, after it, the line {END!r}, once each.")
     new = before + render_head(spec) + after
     if new != old:
-        temporary = path.with_name(f".{path.name}.new")
-        temporary.write_text(new, encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, new)
     return new != old
 
 

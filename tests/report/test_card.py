@@ -5,8 +5,10 @@ from dataclasses import dataclass, fields
 import pytest
 
 from hf_eff.contracts.spec import MethodConfig, MethodSpec, Paper, Traits, knob
+from hf_eff.errors import UnknownMethodError
+from hf_eff.registry import get_method, register_method, unregister_method
 from hf_eff.report import card
-from hf_eff.report.card import END, START, is_current, render_head, sync_card
+from hf_eff.report.card import END, START, is_current, method_card, render_head, sync_card
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,8 @@ def toy_spec(kind="memory", slot="update", **changes):
 
 def test_the_head_states_name_kind_slot_summary_paper_options_and_traits():
     head = render_head(toy_spec(traits=Traits(owns_backward=True, ddp=False)))
-    assert head.startswith(START) and head.endswith(END)
+    assert head.startswith(START)
+    assert head.endswith(END)
     for line in (
         "# toy",
         "A toy.",
@@ -103,3 +106,21 @@ def test_the_module_entry_rewrites_checks_and_names_missing_pages(tmp_path, monk
     assert card.main(["--cards", str(tmp_path)]) == 0
     assert card.main(["--cards", str(tmp_path), "--check"]) == 0
     assert capsys.readouterr().out.split()[::2] == ["rewritten", "rewritten", "current", "current"]
+
+
+def test_the_card_of_a_registered_method_is_its_head_also_where_it_replaces_a_built_in():
+    spec = MethodSpec(
+        name="badam", kind="memory", slot="update", summary="Mine.", config=ToyConfig, build=ToyConfig, cost=len
+    )
+    register_method(spec, replace=True)
+    try:
+        assert method_card("memory", "badam") == render_head(spec)
+    finally:
+        unregister_method("memory", "badam")
+    assert "Mine." not in method_card("memory", "badam")
+    assert render_head(get_method("memory", "badam")) in method_card("memory", "badam")
+
+
+def test_the_card_of_an_unknown_method_is_refused():
+    with pytest.raises(UnknownMethodError, match="Did you mean 'badam'"):
+        method_card("memory", "badan")

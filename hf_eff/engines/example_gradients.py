@@ -1,0 +1,173 @@
+"""The gradient of every example of a batch with respect to LoRA factors, from one backward.
+
+For a factor y = x W^T the gradient of example b is G_b = sum over tokens t of g_bt x_bt^T, where g is
+the gradient of the summed losses with respect to y. Forward hooks on the inner ``lora_A`` and
+``lora_B`` modules give x and y, so that the scale alpha / r and everything between two factors enter
+by themselves. ``.grad`` of no parameter is read or written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_eff.engines.scoring import model_example_losses
+from hf_eff.errors import DataError, PlanError
+from hf_eff.numerics.example_loss import Reduction
+
+# B examples, T tokens, r rank, i inputs and o outputs of a factor
+
+_PACKING_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_lengths", "seq_idx")
+
+Calls = dict[str, list[tuple[Tensor, Tensor]]]
+"""Input and output of each call of each factor during one forward."""
+
+
+def example_gradients(
+    model: nn.Module,
+    factors: Mapping[str, nn.Linear],
+    batch: Mapping[str, Any],
+    *,
+    is_causal_lm: bool,
+    reduction: Reduction = "mean",
+    compute_dtype: torch.dtype | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Gradients of every example's own loss, one factor at a time.
+
+    Args:
+        model: The model that holds the factors, unwrapped, in the mode wanted (evaluation).
+        factors: LoRA factors by name; their order numbers the results. Weights need ``requires_grad``.
+        batch: A padded batch on the model's device, one example a row, with ``labels``.
+        is_causal_lm: Whether labels are shifted by one.
+        reduction: What each example's summed loss is divided by; see ``example_losses``.
+        compute_dtype: Autocast type of the forward; None computes in the type of the weights.
+
+    Yields:
+        index: Number of the factor in ``factors``. A factor that took no part is left out.
+        gradients: [B, o * i], rows of ``weight.grad.flatten()``, float32 or float64.
+
+    Raises:
+        DataError: Rows of the batch are not independent examples, or no factor took part.
+        PlanError: The model's training loss couples the rows of a batch.
+    """
+    require_separate_rows(model, batch)
+    with torch.enable_grad(), _recorded(factors) as calls:
+        with autocast(batch, compute_dtype):
+            losses, counts = model_example_losses(model, batch, is_causal_lm=is_causal_lm, reduction=reduction)
+        require_gradient(losses)
+        places = [(name, call) for name, made in calls.items() for call in range(len(made))]
+        # The sum over examples, not the mean: row b of every gradient is then that of loss b alone.
+        outputs = [calls[name][call][1] for name, call in places]
+        slopes = torch.autograd.grad(losses[counts > 0].sum(), outputs, allow_unused=True)
+    rows = len(losses)
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for (name, call), slope in zip(places, slopes, strict=True):
+        if slope is not None:
+            parts.setdefault(name, []).append((slope, calls[name][call][0]))
+    calls.clear()
+    del outputs, slopes
+    for index, name in enumerate(factors):
+        if name in parts:
+            yield index, _outer_sum(name, parts.pop(name), rows)
+
+
+def require_separate_rows(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Check that each row of the batch is one example whose loss is its own.
+
+    Raises:
+        DataError: The batch is packed.
+        PlanError: The model's training loss couples the rows of a batch.
+    """
+    found = [key for key in _PACKING_KEYS if batch.get(key) is not None]
+    if found or _restarts(batch.get("position_ids"), batch.get("attention_mask")):
+        raise DataError(
+            f"the batch is packed ({found[0] if found else 'position_ids restart inside a row'}): several examples "
+            "share a row and have no gradient of their own; select before packing, or turn packing off."
+        )
+    if getattr(getattr(model, "config", None), "output_router_logits", False):
+        raise PlanError(
+            "the model adds a load-balancing loss over the whole batch (output_router_logits=True), which has no part "
+            "that belongs to one example; set model.config.output_router_logits=False."
+        )
+
+
+def require_gradient(losses: Tensor) -> None:
+    """Check that the losses depend on the factors.
+
+    Raises:
+        DataError: They do not.
+    """
+    if not losses.requires_grad:
+        raise DataError(
+            "no LoRA factor took part in the forward; enable the adapter and unmerge it, "
+            "and choose target modules that the model calls."
+        )
+
+
+def autocast(batch: Mapping[str, Any], dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Mixed precision on the batch's device, or nothing without a type."""
+    if dtype is None:
+        return nullcontext()
+    device = next(value.device.type for value in batch.values() if isinstance(value, Tensor))
+    return torch.autocast(device, dtype=dtype)
+
+
+@contextmanager
+def _recorded(factors: Mapping[str, nn.Linear]) -> Iterator[Calls]:
+    """Keep input and output of every call of the factors.
+
+    Yields:
+        What has been kept so far, by factor.
+    """
+    calls: Calls = {}
+
+    def hook(name: str) -> Any:
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            calls.setdefault(name, []).append((inputs[0].detach(), output))
+
+        return keep
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in factors.items()]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _outer_sum(name: str, parts: list[tuple[Tensor, Tensor]], rows: int) -> Tensor:
+    """[B, o * i] from the slopes [B, T, o] and inputs [B, T, i] of every call of one factor."""
+    if all(len(slope) == 1 for slope, _ in parts) and len(parts) == rows:
+        # The model was called once a row: its head has no per-example loss of its own.
+        return torch.cat([_outer(slope, inputs) for slope, inputs in parts])
+    for slope, _ in parts:
+        if len(slope) != rows:
+            raise DataError(
+                f"{name} sees {len(slope)} rows for a batch of {rows} examples, so that gradients of single examples "
+                "cannot be told apart; turn padding-free batches off, or leave routed experts out of target_modules."
+            )
+    total = _outer(*parts[0])
+    for slope, inputs in parts[1:]:
+        total += _outer(slope, inputs)
+    return total
+
+
+def _outer(slope: Tensor, inputs: Tensor) -> Tensor:
+    exact = torch.promote_types(slope.dtype, torch.float32)
+    slope = slope.reshape(len(slope), -1, slope.shape[-1]).to(exact)
+    inputs = inputs.reshape(len(inputs), -1, inputs.shape[-1]).to(exact)
+    return torch.bmm(slope.transpose(1, 2), inputs).flatten(1)
+
+
+def _restarts(positions: Any, mask: Any) -> bool:
+    """Whether positions of real tokens fall inside a row."""
+    if not isinstance(positions, Tensor) or positions.dim() != 2:
+        return False
+    falls = positions[:, 1:] <= positions[:, :-1]
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == positions.shape:
+        falls &= mask[:, 1:].bool() & mask[:, :-1].bool()
+    return bool(falls.any())

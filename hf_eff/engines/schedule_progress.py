@@ -1,0 +1,30 @@
+"""A learning-rate schedule that ends when the budget ends, not at a step that is never reached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+
+def follow_budget(scheduler: LRScheduler, total_steps: int, spent_fraction: Callable[[], float]) -> None:
+    """Let a schedule run at the larger of step progress and spent budget.
+
+    Only ``LambdaLR`` schedules (all that transformers builds by name, but for plateau ones) are
+    functions of the step; others are left alone. What is saved in checkpoints does not change.
+
+    Args:
+        scheduler: Changed in place.
+        total_steps: Steps the schedule was made for.
+        spent_fraction: Share of the training budget spent, in [0, 1].
+    """
+    if not isinstance(scheduler, LambdaLR):
+        return
+
+    def faster(rate: Callable[[int], float]) -> Callable[[int], float]:
+        def at(step: int) -> float:
+            return rate(max(step, int(spent_fraction() * total_steps)))
+
+        return at
+
+    scheduler.lr_lambdas = [faster(rate) for rate in scheduler.lr_lambdas]

@@ -1,0 +1,1 @@
+"""Shared maths: pure functions, randomness passed in as a generator."""

@@ -1,0 +1,408 @@
+"""Options and facts in, a plan out: what will run, what it will cost, and why it cannot. Pure, no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_eff import registry
+from hf_eff.contracts.cost import MEMORY_TERMS, Cost, Facts
+from hf_eff.contracts.spec import MethodSpec, Traits
+from hf_eff.errors import PlanError
+from hf_eff.options import Chosen, EffOptions, ResolvedOptions, resolve_options
+from hf_eff.units import format_amount, format_bytes, format_seconds
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One reason for which a method cannot run: its flag ``trait`` equals ``value`` while ``when`` holds."""
+
+    trait: str
+    value: bool
+    when: Callable[[Facts], bool]
+    sentence: str
+    instead: str
+    kind: str | None = None
+    """The kind of method it concerns; None for all."""
+
+
+REFUSALS = (
+    Refusal("ddp", False, lambda f: f.hardware.backend == "ddp", "does not keep ranks equal under DDP", "one process"),
+    Refusal("fsdp2", False, lambda f: f.hardware.backend == "fsdp2", "does not work under FSDP2", "DDP"),
+    Refusal(
+        "owns_optimizer",
+        True,
+        lambda f: f.hardware.backend in ("deepspeed", "fsdp1"),
+        "replaces the optimizer, which DeepSpeed and FSDP1 own",
+        "DDP or FSDP2",
+    ),
+    Refusal(
+        "freezes_parameters",
+        True,
+        lambda f: f.hardware.backend in ("deepspeed", "fsdp1"),
+        "freezes parameters in turn, which DeepSpeed and FSDP1 cannot follow",
+        "DDP",
+    ),
+    Refusal(
+        "grad_accum",
+        False,
+        lambda f: f.run.accumulation > 1,
+        "does not work with gradient accumulation",
+        "gradient_accumulation_steps=1",
+    ),
+    Refusal("fp16", False, lambda f: f.run.fp16, "does not work with fp16 loss scaling", "bf16=True"),
+    Refusal("peft", False, lambda f: f.model.is_peft, "does not work on a PEFT model", "the base model"),
+    Refusal("quantized", False, lambda f: f.model.is_quantized, "does not work on quantised weights", "full precision"),
+    Refusal(
+        "needs_causal_lm",
+        True,
+        lambda f: not f.model.is_causal_lm,
+        "needs a decoder-only language model",
+        "a causal language model",
+    ),
+    Refusal(
+        "needs_blocks",
+        True,
+        lambda f: len(f.model.blocks) < 2,
+        "needs a model with at least two alike layers in a row",
+        "memory='full' or memory='lora'",
+    ),
+    Refusal(
+        "needs_reference_set",
+        True,
+        lambda f: f.pool.num_reference == 0,
+        "needs a target to compare with, and none was given",
+        "eval_dataset=... with a few examples of what the model should learn",
+    ),
+    Refusal(
+        "streaming",
+        False,
+        lambda f: f.pool.streaming,
+        "needs a dataset of known length, and an IterableDataset was given",
+        "a map-style Dataset, or selection='all'",
+        kind="selection",
+    ),
+    Refusal("packing", False, lambda f: f.run.packing, "does not work with packing", "packing=False"),
+    Refusal(
+        "owns_optimizer",
+        True,
+        lambda f: f.run.custom_optimizer,
+        "makes its own optimizer, and another one was passed in",
+        "no optimizers=... argument",
+    ),
+)
+_STOCK_OPTIMS = ("adamw_torch", "adamw_torch_fused")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do and what it is predicted to cost.
+
+    Attributes:
+        resolved: The methods with their options, and the budget.
+        facts: What the prediction rests on.
+        bytes: Peak bytes per memory term.
+        selected_rows: Rows that are trained on, or None when the pool's size is unknown.
+        steps: Optimizer steps without a budget, or None.
+        step_flops, step_tokens: Mean cost of one optimizer step over all processes.
+        flops: Predicted FLOPs by purpose (``select``, ``train``, ``probe``), budget not applied.
+        warnings: What the user should know before spending.
+    """
+
+    resolved: ResolvedOptions
+    facts: Facts
+    bytes: Mapping[str, float]
+    selected_rows: int | None
+    steps: int | None
+    step_flops: float
+    step_tokens: float
+    flops: Mapping[str, float]
+    selection_tokens: float
+    warnings: tuple[str, ...]
+
+    @property
+    def peak_bytes(self) -> float:
+        """Predicted peak of the device that holds the model."""
+        return float(sum(self.bytes.values()))
+
+    @property
+    def seconds(self) -> float | None:
+        """Predicted duration, or None while the machine's speed is unknown."""
+        speed = self.facts.hardware.flops_per_second
+        return sum(self.flops.values()) / speed / self.facts.hardware.world_size if speed else None
+
+    @property
+    def stop_step(self) -> int | None:
+        """Optimizer step at which the plan or a FLOP, token or step budget ends the run."""
+        ends = [self.steps] if self.steps is not None else []
+        limits = self.resolved.budget.limits
+        if "steps" in limits:
+            ends.append(int(limits["steps"]))
+        if "flops" in limits and self.step_flops > 0:
+            left = limits["flops"] - self.flops["select"] - self.flops["probe"]
+            ends.append(max(0, int(left / self.step_flops)))
+        if "tokens" in limits and self.step_tokens > 0:
+            ends.append(max(0, int((limits["tokens"] - self.selection_tokens) / self.step_tokens)))
+        return min(ends, default=None)
+
+    @property
+    def selection_share(self) -> float:
+        """Selection FLOPs as a fraction of all predicted FLOPs, in [0, 1]."""
+        total = sum(self.flops.values())
+        return self.flops["select"] / total if total else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able copy."""
+        options = self.resolved.options
+        return {
+            "format": "hf_eff.plan",
+            "format_version": 1,
+            "methods": {
+                chosen.spec.kind + ":" + chosen.spec.name: chosen.config.to_dict() for chosen in self.resolved.methods
+            },
+            "options": {key: value for key, value in dataclasses.asdict(options).items() if value is not None},
+            "budget": dict(self.resolved.budget.limits),
+            "predicted": {
+                "bytes": dict(self.bytes),
+                "peak_bytes": self.peak_bytes,
+                "flops": dict(self.flops),
+                "seconds": self.seconds,
+                "step_flops": self.step_flops,
+                "step_tokens": self.step_tokens,
+                "selection_tokens": self.selection_tokens,
+                "selected_rows": self.selected_rows,
+                "steps": self.steps,
+                "stop_step": self.stop_step,
+                "selection_share": self.selection_share,
+            },
+            "facts": dataclasses.asdict(self.facts),
+            "warnings": list(self.warnings),
+        }
+
+    def __str__(self) -> str:
+        """The plan as a table of text."""
+        return "\n".join(_table(self))
+
+
+def make_plan(options: EffOptions, facts: Facts) -> Plan:
+    """Check a combination and predict its cost. Spends nothing.
+
+    Args:
+        options: What the user set.
+        facts: Shapes of the model, size of the pool, hardware, training arguments.
+
+    Raises:
+        UnknownMethodError: A method name is not registered.
+        OptionError: An option or the budget is malformed.
+        PlanError: The combination cannot work; the sentence says what to use instead.
+    """
+    resolved = resolve_options(options)
+    _refuse(resolved, facts)
+    rows = _selected_rows(resolved, facts)
+    trained = _with_rows(facts, rows)
+    steps = planned_steps(trained)
+    adapted, memory = _memory_cost(resolved, trained)
+    selection = [chosen.spec.cost(chosen.config, facts) for chosen in resolved.selection]
+    step_flops = memory.step_flops * adapted.hardware.world_size
+    flops = {"select": sum(cost.flops for cost in selection), "train": step_flops * (steps or 0)}
+    governor: Cost = resolved.governor.spec.cost(resolved.governor.config, adapted)
+    plan = Plan(
+        resolved=resolved,
+        facts=facts,
+        bytes={term: float(memory.bytes.get(term, 0.0)) for term in MEMORY_TERMS},
+        selected_rows=rows,
+        steps=steps,
+        step_flops=step_flops,
+        step_tokens=_step_tokens(trained),
+        flops={**flops, "probe": governor.flops},
+        selection_tokens=sum(cost.tokens for cost in selection),
+        warnings=(),
+    )
+    _refuse_budget(plan)
+    return dataclasses.replace(plan, warnings=tuple(_warnings(plan)))
+
+
+def planned_steps(facts: Facts) -> int | None:
+    """Optimizer steps that transformers would do, or None when the pool's length is unknown."""
+    if facts.run.max_steps > 0:
+        return facts.run.max_steps
+    if facts.pool.num_rows is None:
+        return None
+    batches = math.ceil(math.ceil(facts.pool.num_rows / facts.hardware.world_size) / max(1, facts.run.batch_size))
+    per_epoch = max(1, math.ceil(batches / max(1, facts.run.accumulation)))
+    return math.ceil(per_epoch * facts.run.epochs)
+
+
+def _step_tokens(facts: Facts) -> float:
+    length = facts.run.length or facts.pool.mean_tokens
+    return facts.run.batch_size * facts.run.accumulation * facts.hardware.world_size * float(length)
+
+
+def _with_rows(facts: Facts, rows: int | None) -> Facts:
+    return facts.replace(pool=dataclasses.replace(facts.pool, num_rows=rows))
+
+
+def _selected_rows(resolved: ResolvedOptions, facts: Facts) -> int | None:
+    rows = facts.pool.num_rows
+    if rows is None or not resolved.selects:
+        return rows
+    for chosen in resolved.selection:
+        rows = _kept(chosen, rows, facts.pool.mean_tokens)
+    return rows
+
+
+def _kept(chosen: Chosen, rows: int, mean_tokens: float) -> int:
+    """Rows that a method's size option keeps; all of them for a method without one."""
+    size = getattr(chosen.config, "size", None)
+    if size is None:
+        return rows
+    if size["kind"] == "fraction":
+        return int(size["value"] * rows + 1e-9)
+    if size["kind"] == "num_tokens":
+        return min(rows, int(size["value"] / max(1.0, mean_tokens)))
+    return min(rows, int(size["value"]))
+
+
+def _memory_cost(resolved: ResolvedOptions, facts: Facts) -> tuple[Facts, Cost]:
+    """Adapt facts by every method but the last of the chain, which predicts on what it then sees."""
+    order = {"weights": 0, "activations": 1, "update": 2}
+    chain = sorted(resolved.memory, key=lambda chosen: order[chosen.spec.slot])
+    for chosen in chain[:-1]:
+        facts = _adapted(chosen, facts)
+    last = chain[-1]
+    cost: Cost = last.spec.cost(last.config, facts)
+    return _adapted(last, facts), cost
+
+
+def _adapted(chosen: Chosen, facts: Facts) -> Facts:
+    return chosen.spec.adapt(chosen.config, facts) if chosen.spec.adapt is not None else facts
+
+
+def _refuse(resolved: ResolvedOptions, facts: Facts) -> None:
+    for chosen in resolved.methods:
+        registry.require(chosen.spec)
+        for refusal in REFUSALS:
+            if _applies(refusal, chosen.spec) and refusal.when(facts):
+                raise PlanError(_sentence(chosen.spec, refusal))
+    if facts.pool.num_rows == 0:
+        raise PlanError("train_dataset is empty; give at least one example.")
+    if resolved.options.is_neutral:
+        return
+    if facts.run.auto_find_batch_size:
+        raise PlanError(
+            "auto_find_batch_size=True restarts the step count and would break the budget and the block schedule; "
+            "set per_device_train_batch_size instead."
+        )
+    _refuse_ignored_optim(resolved, facts)
+
+
+def _refuse_ignored_optim(resolved: ResolvedOptions, facts: Facts) -> None:
+    for chosen in resolved.memory:
+        if chosen.spec.traits.owns_optimizer and facts.run.optim not in _STOCK_OPTIMS:
+            raise PlanError(
+                f"{chosen.spec.address} makes its own update, so optim={facts.run.optim!r} would be ignored; "
+                "leave optim at its default or use memory='full'."
+            )
+
+
+def _applies(refusal: Refusal, spec: MethodSpec) -> bool:
+    concerned = refusal.kind in (None, spec.kind)
+    return concerned and getattr(spec.traits, refusal.trait) == refusal.value
+
+
+def _sentence(spec: MethodSpec, refusal: Refusal) -> str:
+    others = _alternatives(spec, refusal)
+    also = f", or another method: {', '.join(others)}" if others else ""
+    return f"{spec.address} {refusal.sentence}; use {refusal.instead}{also}."
+
+
+def _alternatives(spec: MethodSpec, refusal: Refusal) -> list[str]:
+    names = []
+    for name in registry.list_methods(spec.kind):
+        other = registry.get_method(spec.kind, name)
+        if other.slot == spec.slot and not _applies(refusal, other):
+            names.append(repr(name))
+    return names
+
+
+def _refuse_budget(plan: Plan) -> None:
+    limits = plan.resolved.budget.limits
+    cap = limits.get("bytes")
+    if cap is not None and plan.peak_bytes > cap:
+        raise PlanError(
+            f"budget={format_bytes(cap)} is below the predicted peak of {format_bytes(plan.peak_bytes)} for "
+            f"memory={plan.resolved.options.memory!r}; lower the batch size or the length, or use a method that "
+            f"holds less ('hf-eff profile' compares them)."
+        )
+    for currency, spent in (("flops", plan.flops["select"]), ("tokens", plan.selection_tokens)):
+        limit = limits.get(currency)
+        if limit is not None and spent >= limit:
+            raise PlanError(
+                f"selection={plan.resolved.options.selection!r} alone would spend {format_amount(currency, spent)} of "
+                f"budget={format_amount(currency, limit)}; raise the budget or use selection='random'."
+            )
+
+
+def _warnings(plan: Plan) -> list[str]:
+    found = []
+    resolved, facts = plan.resolved, plan.facts
+    if plan.stop_step == 0:
+        found.append(f"budget {resolved.budget} does not cover one optimizer step; nothing will be trained.")
+    if plan.selection_share > 0.5:
+        found.append(
+            f"selection takes {plan.selection_share:.0%} of the predicted FLOPs; a smaller pool, a cheaper method "
+            "or reuse of the manifest would pay back sooner."
+        )
+    for chosen in resolved.methods:
+        if chosen.spec.status == "experimental":
+            found.append(f"{chosen.spec.address} is experimental and may change.")
+        if chosen.spec.traits.dropout_off and facts.model.dropout > 0:
+            found.append(f"{chosen.spec.address} trains with dropout off.")
+        if not chosen.spec.traits.max_grad_norm and facts.run.max_grad_norm > 0:
+            found.append(f"{chosen.spec.address} does not apply max_grad_norm={facts.run.max_grad_norm:g}.")
+    if not facts.model.exact_flops:
+        found.append("this model has layers of unknown cost; FLOPs are an estimate.")
+    probabilistic = sorted({"seconds", "kwh", "usd"} & set(resolved.budget.limits))
+    if probabilistic:
+        found.append(f"the {', '.join(probabilistic)} limit is kept up to one step: the next step's time is not known.")
+    return found
+
+
+def _table(plan: Plan) -> list[str]:
+    resolved = plan.resolved
+    lines = [
+        f"{'selection':<12}{resolved.options.selection}",
+        f"{'memory':<12}{resolved.options.memory}",
+        f"{'governor':<12}{resolved.governor.spec.name} ({resolved.options.governor_mode})",
+        f"{'budget':<12}{resolved.budget or 'none'}",
+        f"{'rows':<12}{_count(plan.selected_rows)} of {_count(plan.facts.pool.num_rows)}",
+        f"{'steps':<12}{_count(plan.steps)} planned, ends at {_count(plan.stop_step)}",
+        "",
+        f"{'memory term':<16}{'predicted':>14}",
+        *(f"{term:<16}{format_bytes(amount):>14}" for term, amount in plan.bytes.items()),
+        f"{'peak':<16}{format_bytes(plan.peak_bytes):>14}",
+        "",
+        f"{'purpose':<16}{'predicted':>14}",
+        *(f"{purpose:<16}{format_amount('flops', amount):>14}" for purpose, amount in plan.flops.items()),
+        f"{'one step':<16}{format_amount('flops', plan.step_flops):>14}",
+        f"{'time':<16}{'not measured' if plan.seconds is None else format_seconds(plan.seconds):>14}",
+    ]
+    return lines + [f"note: {warning}" for warning in plan.warnings]
+
+
+def _count(number: int | None) -> str:
+    return "unknown" if number is None else f"{number:,}"
+
+
+def traits_of(resolved: ResolvedOptions, flag: str) -> bool:
+    """Whether any memory method of the run has a flag set.
+
+    Raises:
+        AttributeError: ``flag`` is no field of ``Traits``.
+    """
+    if flag not in Traits.__dataclass_fields__:
+        raise AttributeError(f"Traits has no flag {flag!r}")
+    return any(getattr(chosen.spec.traits, flag) for chosen in resolved.memory)

@@ -1,0 +1,271 @@
+"""What hf_eff adds to one training run: ledger, budget gate, governor, method state, report."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_eff.contracts.governor import Decision
+from hf_eff.engines.facts import batch_shape, token_counts
+from hf_eff.engines.ranks import Ranks
+from hf_eff.engines.sidecar import load_state, save_state
+from hf_eff.engines.step_reserve import StepReserve
+from hf_eff.errors import CheckpointError, EffWarning, TrainingDivergedError
+from hf_eff.hardware.ledger import Ledger
+from hf_eff.hardware.memory_meter import MemoryMeter
+from hf_eff.hardware.probe import set_memory_cap
+from hf_eff.numerics.flops import recompute_flops
+from hf_eff.supervisor import Supervisor
+from hf_eff.units import format_amount
+
+if TYPE_CHECKING:
+    import torch
+
+    from hf_eff.contracts.memory import BatchShape
+    from hf_eff.memory import MemoryStack
+    from hf_eff.plan import Plan
+    from hf_eff.run_directory import RunDirectory
+
+logger = logging.getLogger(__name__)
+STATE_VERSION = 1
+_DIVERGED_AFTER = 3
+_MEASURED_STEPS = 2
+"""Optimizer state exists from the end of the first step, so the second one shows the peak."""
+_TIME_LIKE = ("seconds", "usd", "kwh")
+_CONTINUE = Decision("continue", "no rule applies")
+
+
+class BudgetedRun:
+    """State of one ``train()`` call. The trainer mixin only forwards to it.
+
+    Args:
+        plan: What was planned.
+        memory: The memory methods at work.
+        directory: Where plan, log and report go.
+    """
+
+    def __init__(self, plan: Plan, memory: MemoryStack, directory: RunDirectory) -> None:
+        self.plan = plan
+        self.memory = memory
+        self.directory = directory
+        self.ranks = Ranks()
+        self.ledger = Ledger(plan.resolved.budget, plan.resolved.options.price_per_hour)
+        self.reserve = StepReserve()
+        self.supervisor: Supervisor | None = None
+        self.selection_digest: str | None = None
+        self.stop = _CONTINUE
+        self.steps_done = 0
+        self._spent_before_training: dict[str, float] = {}
+        self._methods_state: Mapping[str, Any] = {}
+        self._clocks = ExitStack()
+        self._bad_losses = 0
+        self._loss: torch.Tensor | None = None
+        self._seconds_before_step = 0.0
+        self._meter: MemoryMeter | None = None
+        self._steps_measured = 0
+        self.memory_measured: dict[str, Any] = {}
+
+    # The budget
+
+    def admit(self, batches: Sequence[Mapping[str, Any]], global_step: int) -> bool:
+        """Charge the next optimizer step if every limit allows it; otherwise note why the run ends."""
+        shapes = [batch_shape(batch, self.plan.facts.model) for batch in batches]
+        need = self.ranks.sum({**self._tokens(batches), "flops": self.step_flops(shapes, global_step)})
+        passed = self.ranks.broadcast(self._passed(need))
+        if passed is not None:
+            limit = format_amount(passed, self.ledger.budget.limits[passed])
+            self.stop = Decision("stop", f"budget: the next step would pass {limit}", {"currency": passed})
+            logger.warning("Training ends at step %d: %s.", global_step, self.stop.reason)
+            return False
+        self._seconds_before_step = self.ledger.spent()["seconds"]
+        self.ledger.charge("train", steps=1, **need)
+        return True
+
+    def _tokens(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        counts = [token_counts(batch, self.plan.facts.model.is_causal_lm) for batch in batches]
+        names = {"paid": "tokens", "useful": "useful_tokens", "loss": "loss_tokens"}
+        return {name: float(sum(count[key] for count in counts)) for key, name in names.items()}
+
+    def step_flops(self, shapes: Sequence[BatchShape], global_step: int) -> float:
+        """FLOPs of these micro-batches on this rank, recomputation by checkpointing included."""
+        facts = self.plan.facts
+        flops = self.memory.step_flops(facts.model, shapes, global_step)
+        differentiates = all(chosen.spec.traits.needs_backward for chosen in self.plan.resolved.memory)
+        if facts.run.checkpointing and differentiates:
+            flops += sum(recompute_flops(facts.model, shape) for shape in shapes)
+        return flops
+
+    def _passed(self, need: Mapping[str, float]) -> str | None:
+        """The currency that one more step would pass. Time-like ones are reserved, not known."""
+        spent = self.ledger.spent()
+        full = {"flops": need["flops"], "tokens": need["tokens"], "steps": 1.0, "bytes": spent.get("bytes", 0.0)}
+        seconds = spent.get("seconds", 0.0)
+        for currency in _TIME_LIKE:
+            if seconds and currency in spent:
+                full[currency] = self.reserve.reserve() * spent[currency] / seconds
+        return self.ledger.need_fits(full)
+
+    @property
+    def limits_progress(self) -> bool:
+        """Whether a limit other than memory decides how far the run gets."""
+        return any(currency != "bytes" for currency in self.ledger.budget.limits)
+
+    def progress(self) -> float:
+        """Share of the scarcest additive limit that training has spent of what it found, in [0, 1]."""
+        spent = self.ledger.spent()
+        shares = []
+        for currency, limit in self.ledger.budget.limits.items():
+            before = self._spent_before_training.get(currency, 0.0)
+            if currency != "bytes" and limit > before:
+                shares.append((spent.get(currency, 0.0) - before) / (limit - before))
+        return min(1.0, max(shares, default=0.0))
+
+    # Around steps
+
+    def open(self) -> None:
+        """Selection is over and training is next: what is spent from here on is training."""
+        if not self._spent_before_training:
+            self._spent_before_training = self.ledger.spent()
+        self._clocks.enter_context(self.ledger.clock("train"))
+        cap = self.ledger.budget.limits.get("bytes")
+        if cap is not None:
+            set_memory_cap(cap)
+            self._clocks.callback(set_memory_cap, None)
+
+    @contextmanager
+    def measured(self, model: Any) -> Iterator[None]:
+        """Measure the memory terms of the first steps; later ones run unobserved."""
+        if self._meter is None and self._steps_measured == 0:
+            self._meter = MemoryMeter(model)
+        if self._meter is None:
+            yield
+            return
+        with self._meter.forward_backward():
+            yield
+
+    def _finish_measuring(self, optimizer: Any) -> None:
+        if self._meter is None:
+            return
+        self._meter.observe(optimizer)
+        self._steps_measured += 1
+        if self._steps_measured == _MEASURED_STEPS:
+            self.memory_measured = {"bytes": self._meter.peak_bytes(), "peak_bytes": self._meter.total_bytes()}
+            self._meter = None
+
+    def note_loss(self, loss: torch.Tensor) -> None:
+        """Add the loss of one micro-batch to the current step's."""
+        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+
+    def finish_step(self, step: int, model: Any, optimizer: Any, learning_rate: float) -> Decision:
+        """After the optimizer step: watch for divergence, measure it, ask the governor.
+
+        Returns:
+            The decision to carry out: ``continue`` unless the governor may act.
+
+        Raises:
+            TrainingDivergedError: The loss was NaN or infinite for several steps in a row.
+        """
+        self.steps_done = step
+        loss = None if self._loss is None else float(self._loss)
+        self._loss = None
+        self._watch(step, loss)
+        self._finish_measuring(optimizer)
+        self.reserve.observe(self.ledger.spent()["seconds"] - self._seconds_before_step)
+        if self.supervisor is None:
+            return _CONTINUE
+        decision = self.supervisor.after_step(step, model, loss=loss, learning_rate=learning_rate)
+        return self._effective(decision, step)
+
+    def _effective(self, decision: Decision, step: int) -> Decision:
+        if decision.action == "continue":
+            return decision
+        mode = self.plan.resolved.options.governor_mode
+        if mode == "act":
+            self.stop = decision
+            logger.warning("Governor ends training at step %d: %s.", step, decision.reason)
+            return decision
+        if mode == "advise":
+            text = f"at step {step} the governor advises to {decision.action}: {decision.reason}"
+            warnings.warn(text, EffWarning, stacklevel=2)
+        return _CONTINUE
+
+    def _watch(self, step: int, loss: float | None) -> None:
+        finite = loss is None or loss - loss == 0.0
+        self._bad_losses = 0 if finite else self._bad_losses + 1
+        if self._bad_losses >= _DIVERGED_AFTER:
+            raise TrainingDivergedError(
+                f"the loss is {loss} for {self._bad_losses} steps in a row, the last one step {step}; lower the "
+                "learning rate or check the data, and resume from an earlier checkpoint."
+            )
+
+    def log_entries(self) -> dict[str, float]:
+        """Entries for the training log, all under ``eff/``."""
+        spent = self.ledger.spent()
+        entries = {f"eff/{name}": spent[name] for name in ("flops", "tokens") if name in spent}
+        if self.limits_progress:
+            entries["eff/budget_share"] = self.ledger.share()
+        return {**entries, **{f"eff/{key}": value for key, value in self.memory.log_entries().items()}}
+
+    def end(self) -> None:
+        """End of training, normal or not."""
+        self.memory.train_end()
+        self._clocks.close()
+
+    # State
+
+    def save(self, folder: str | Path, step: int) -> None:
+        """Write the side-car of a checkpoint (rank 0)."""
+        state = {
+            "format": "hf_eff.state",
+            "format_version": STATE_VERSION,
+            "step": step,
+            "methods": self._methods(),
+            "pool_rows": self.plan.facts.pool.num_rows,
+            "selection_digest": self.selection_digest,
+            "ledger": self.ledger.state_dict(),
+            "spent_before_training": self._spent_before_training,
+            "reserve": self.reserve.state_dict(),
+            "supervisor": self.supervisor.state_dict() if self.supervisor is not None else None,
+            "memory": self.memory.state_dict(),
+        }
+        save_state(folder, state)
+
+    def restore(self, folder: str | Path) -> None:
+        """Read a side-car: the ledger at once, the methods when their owners exist.
+
+        Raises:
+            CheckpointError: It belongs to other methods, another pool or another version.
+        """
+        state = load_state(folder)
+        if state is None or state.get("format_version") != STATE_VERSION:
+            raise CheckpointError(f"{str(folder)!r} holds no hf_eff state of version {STATE_VERSION}.")
+        if state["methods"] != self._methods():
+            raise CheckpointError(
+                f"the checkpoint was written with {state['methods']} and this run has {self._methods()}; use the same "
+                "methods and options, or start anew."
+            )
+        if state["pool_rows"] != self.plan.facts.pool.num_rows:
+            raise CheckpointError(
+                f"the checkpoint was trained on a pool of {state['pool_rows']} rows and this one has "
+                f"{self.plan.facts.pool.num_rows}; resume with the same dataset."
+            )
+        self.selection_digest = state["selection_digest"]
+        self.steps_done = int(state["step"])
+        self._spent_before_training = dict(state["spent_before_training"])
+        self._methods_state = state
+        self.ledger.load_state_dict(state["ledger"])
+        self.reserve.load_state_dict(state["reserve"])
+
+    def load_methods(self) -> None:
+        """Hand saved state to the memory methods and the governor, before the optimizer loads its own."""
+        state = self._methods_state
+        self.memory.load_state_dict(state["memory"], self.steps_done)
+        if self.supervisor is not None and state["supervisor"] is not None:
+            self.supervisor.load_state_dict(state["supervisor"], self.steps_done)
+
+    def _methods(self) -> dict[str, Any]:
+        return {f"{each.spec.kind}={each.spec.name}": each.config.to_dict() for each in self.plan.resolved.methods}

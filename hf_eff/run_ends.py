@@ -1,0 +1,114 @@
+"""The two ends of a run around the stock loop: plan, resume, selection, governor; then the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_eff.contracts.memory import BatchShape
+from hf_eff.engines.gain_probe import GainProbe
+from hf_eff.files import write_text
+from hf_eff.governor import GovernorLog
+from hf_eff.memory import MemoryStack
+from hf_eff.numerics.flops import forward_flops
+from hf_eff.report import build_report, render_run_card
+from hf_eff.run import BudgetedRun
+from hf_eff.run_directory import CARD, RunDirectory, environment
+from hf_eff.scoring_rows import reference_rows, scoring_collator
+from hf_eff.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from hf_eff.plan import Plan
+
+
+def start_run(trainer: Any, plan: Plan, checkpoint: Path | None) -> BudgetedRun:
+    """Open a run on a trainer that carries ``BudgetedTrainerMixin``.
+
+    Args:
+        trainer: The trainer; its ``train_dataset`` becomes the selected subset.
+        plan: Its plan.
+        checkpoint: A complete checkpoint to resume from, or None.
+
+    Raises:
+        CheckpointError: The checkpoint belongs to another run.
+        ManifestError: The dataset changed since the checkpoint was written.
+        BudgetExceededError: Selection would pass a limit.
+    """
+    if trainer.budgeted_run is not None:
+        _forget(trainer, plan)
+    run = BudgetedRun(plan, trainer.memory_stack, RunDirectory(trainer.args.output_dir))
+    if checkpoint is not None:
+        run.restore(checkpoint)
+    if run.ranks.is_first:
+        run.directory.write_plan(plan)
+    trainer.selection_stage.narrow(trainer, run)
+    run.supervisor = _supervisor(trainer, run)
+    if checkpoint is None and run.supervisor.log is not None and run.ranks.is_first:
+        run.supervisor.log.start(plan.to_dict())
+    run.open()
+    return run
+
+
+def _forget(trainer: Any, plan: Plan) -> None:
+    """A second ``train()`` is a new run: method state and the optimizer that it made start anew."""
+    trainer.memory_stack = MemoryStack(plan.resolved.memory)
+    if not plan.facts.run.custom_optimizer:
+        trainer.optimizer = trainer.lr_scheduler = None
+
+
+def _supervisor(trainer: Any, run: BudgetedRun) -> Supervisor:
+    plan = run.plan
+    chosen = plan.resolved.governor
+    probe = _probe(trainer, run) if chosen.spec.traits.needs_reference_set else None
+    return Supervisor(
+        chosen.build(),
+        run.ledger,
+        run.ranks,
+        compute_limit=sum(plan.flops.values()),
+        max_steps=plan.steps or 0,
+        probe=probe,
+        log=GovernorLog(run.directory.governor_log) if probe is not None else None,
+    )
+
+
+def _probe(trainer: Any, run: BudgetedRun) -> GainProbe:
+    facts = run.plan.facts.model
+    rows, _ = reference_rows(trainer, trainer.selection_stage.unpacked_reference)
+    return GainProbe(
+        rows,
+        scoring_collator(trainer),
+        is_causal_lm=facts.is_causal_lm,
+        num_examples=run.plan.resolved.governor.config.num_examples,
+        seed=trainer.args.seed,
+        forward_flops=lambda batch, length: forward_flops(facts, BatchShape(batch, length)),
+        rank=run.ranks.rank,
+        world_size=run.ranks.size,
+        gather=run.ranks.gather,
+    )
+
+
+def finish_run(trainer: Any, run: BudgetedRun) -> dict[str, Any]:
+    """Predicted beside measured: returned on every rank, written by the first."""
+    selection = trainer.selection_stage.selection
+    stopped_by = None
+    if run.stop.action == "stop":
+        stopped_by = run.stop.details.get("currency", "governor")
+    report = build_report(
+        run.plan.to_dict(),
+        {"spent": run.ledger.spent(), "by_purpose": run.ledger.by_purpose()},
+        {**run.memory_measured, "steps": run.steps_done, "stopped_by": stopped_by},
+        selection.summary() if selection is not None else None,
+        {"ended": run.stop.reason} if stopped_by else None,
+        environment(getattr(getattr(trainer.model, "config", None), "_name_or_path", None) or None),
+    )
+    if run.ranks.is_first:
+        run.directory.write_report(report)
+    return report
+
+
+def extend_card(report: dict[str, Any], folder: str | Path) -> None:
+    """Append the run's own card, without its YAML head, to the card that transformers or TRL wrote."""
+    path = Path(folder) / CARD
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    body = render_run_card(report).split("---\n", 2)[-1].strip()
+    write_text(path, f"{before.rstrip()}\n\n{body}\n" if before else render_run_card(report))

@@ -1,0 +1,361 @@
+"""Which rows to train on: the driver that runs one method over a pool and records what it chose.
+
+The methods are the files of this folder; they are found by name through the registry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_eff import hub, manifest
+from hf_eff.contracts.budget import Budget
+from hf_eff.contracts.selection import SelectionContext
+from hf_eff.contracts.spec import MethodConfig, MethodSpec
+from hf_eff.engines.pooling import PadRows, RowFormat, make_pool
+from hf_eff.errors import DataError, ManifestError, NoEffectWarning, OptionError, PlanError
+from hf_eff.manifest import MANIFEST, read_manifest
+from hf_eff.manifest.card import FOLDER, dataset_card
+from hf_eff.manifest.provenance import check_picks, describe_dataset, describe_scorer, selection_fields
+from hf_eff.registry import require, resolve
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from hf_eff.hardware.ledger import Ledger
+
+__all__ = [
+    "PadRows",
+    "RowFormat",
+    "Selection",
+    "describe_dataset",
+    "describe_scorer",
+    "load_selected",
+    "make_pool",
+    "pool_method",
+    "run_selection",
+    "select_dataset",
+]
+
+_DRIVER_OPTIONS = ("batch_tokens", "max_length", "columns", "id_column", "learning_rate")
+
+
+class Selection(manifest.Selection):
+    """Chosen rows of one dataset, with a home on the Hub. See ``hf_eff.manifest.Selection``."""
+
+    def push_to_hub(
+        self, repo_id: str, name: str | None = None, *, private: bool = True, token: str | None = None
+    ) -> str:
+        """Publish indices, hashes, scores and provenance in one commit; never the rows.
+
+        Other selections in the repository stay. Afterwards plain ``datasets`` reads it:
+        ``load_dataset(repo_id, name, split="train")``.
+
+        Args:
+            repo_id: Dataset repository, such as ``"user/pool-less-5pct"``; created when needed.
+            name: Name of this selection in it; the manifest's own name without.
+            private: Visibility of a repository that is created.
+            token: Access token; None for the one that is logged in.
+
+        Returns:
+            The commit's hash.
+        """
+        name = _plain_name(name or self.manifest["selection"]["name"])
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(folder)
+            manifests = _published(repo_id, root / "held", token)
+            self.save(root / "sent" / FOLDER / name)
+            manifests[name] = read_manifest(root / "sent" / FOLDER / name / MANIFEST)
+            (root / "sent" / "README.md").write_text(dataset_card(manifests), encoding="utf-8")
+            return hub.push_folder(root / "sent", repo_id, "dataset", f"Add selection {name}", token, private=private)
+
+    @classmethod
+    def from_pretrained(
+        cls, repo_id: str | Path, name: str | None = None, *, revision: str | None = None, token: str | None = None
+    ) -> Self:
+        """Read a selection from the Hub, or from a local folder.
+
+        Args:
+            repo_id: Dataset repository, or a folder that ``save`` wrote.
+            name: Which selection of the repository; may be left out when it holds one.
+            revision: Branch, tag or commit.
+            token: Access token; None for the one that is logged in.
+
+        Raises:
+            ManifestError: There is no such selection, or it is not intact.
+        """
+        if Path(repo_id).is_dir():
+            return cls.load(repo_id)
+        pattern = f"{FOLDER}/{_plain_name(name)}/*" if name else f"{FOLDER}/*"
+        with tempfile.TemporaryDirectory() as folder:
+            root = hub.pull_folder(str(repo_id), folder, patterns=[pattern], revision=revision, token=token)
+            names = sorted(path.parent.name for path in root.glob(f"{FOLDER}/*/{MANIFEST}"))
+            if len(names) != 1:
+                held = (
+                    f"holds the selections {names}; pass name=" if names else f"holds no selection {name or ''}".strip()
+                )
+                raise ManifestError(f"dataset {str(repo_id)!r} {held}.")
+            return cls.load(root / FOLDER / names[0])
+
+
+def select_dataset(
+    pool: Any,
+    method: str = "less",
+    *,
+    target: Any = None,
+    model: Any = None,
+    processing_class: Any = None,
+    seed: int = 0,
+    output_dir: str | Path | None = None,
+    budget: str | Budget | None = None,
+    **options: Any,
+) -> Selection:
+    """Choose the rows of ``pool`` worth training on.
+
+    Args:
+        pool: Candidates: ``datasets.Dataset`` or a sequence of mappings, see ``make_pool``.
+        method: Name of a selection method, such as ``"less"`` or ``"random"``.
+        target: Rows that stand for the task, for methods that need them.
+        model: Model that scores, left exactly as found.
+        processing_class: Tokenizer; not needed for tokenised rows.
+        seed: Equal seeds give equal selections, in any process.
+        output_dir: Where to save the selection, and intermediate results to resume from.
+        budget: Limit of what selecting may spend, such as ``"1e15flop, 10min"``.
+        **options: Options of the method, such as ``fraction=0.1``; and for every method
+            ``max_length`` (1024), ``batch_tokens`` (16384), ``columns`` that identify a row,
+            ``id_column`` to record, ``learning_rate`` of the run to come.
+
+    Returns:
+        The selection; ``selection.apply(pool)`` gives the rows.
+
+    Raises:
+        DataError: The pool or the target is empty or unreadable, smaller than asked for, or the
+            method needs something that is not given.
+    """
+    driver = {name: options.pop(name) for name in _DRIVER_OPTIONS if name in options}
+    spec = pool_method(method)
+    config = spec.config.from_dict(options)
+    _check_given(spec, model, target)
+    scoring = _scoring_fields(model)
+    row_format = RowFormat(max_length=driver.pop("max_length", 1024), is_causal_lm=scoring.get("is_causal_lm", True))
+    columns, row_ids = driver.pop("columns", None), _row_ids(pool, driver.pop("id_column", None))
+    make = functools.partial(make_pool, processing_class=processing_class, row_format=row_format)
+    candidates = make(pool, columns=columns, source_column=getattr(config, "source_column", "source"))
+    ledger = _ledger(budget)
+    context = SelectionContext(
+        pool=candidates,
+        reference=None if target is None else make(target),
+        collate=PadRows(getattr(processing_class, "pad_token_id", None) or 0),
+        generator=_seeded(seed),
+        seed=seed,
+        store_dir=None if output_dir is None else Path(output_dir) / "store",
+        spend=_spend(ledger),
+        progress=_progress,
+        **scoring,
+        **driver,
+    )
+    with ledger.clock("select"):
+        selection = run_selection(
+            spec,
+            config,
+            context,
+            dataset_facts=describe_dataset(pool, candidates, columns),
+            scorer=describe_scorer(model, processing_class, row_format.max_length),
+            row_ids=row_ids,
+        )
+    if output_dir is not None:
+        selection.save(output_dir)
+    return selection
+
+
+def run_selection(
+    spec: MethodSpec,
+    config: MethodConfig,
+    context: SelectionContext,
+    *,
+    dataset_facts: Mapping[str, Any],
+    scorer: Mapping[str, Any] | None = None,
+    row_ids: Sequence[str] | None = None,
+) -> Selection:
+    """Run one method and record its choice.
+
+    Args:
+        spec: The method.
+        config: Its options.
+        context: Pool, target, model, limits.
+        dataset_facts: See ``describe_dataset``.
+        scorer: See ``describe_scorer``.
+        row_ids: [N] the dataset's own ids, by index.
+
+    Returns:
+        The selection, its manifest complete but for the file's hash, which ``save`` adds.
+
+    Raises:
+        DataError: Something the method needs is missing or empty.
+        PlanError: The method does not work with this kind of model.
+    """
+    _check_needs(spec, context)
+    spent = {"flops": 0.0, "tokens": 0.0}
+
+    def spend(flops: float, tokens: float) -> None:
+        context.spend(flops, tokens)
+        spent["flops"] += flops
+        spent["tokens"] += tokens
+
+    started = time.perf_counter()
+    picks = spec.build(config).select(dataclasses.replace(context, spend=spend))
+    cost = {**spent, "seconds": time.perf_counter() - started, "device": str(context.device)}
+    check_picks(picks, context.pool, spec.address)
+    if len(picks.positions) == len(context.pool) and picks.weights is None and not spec.traits.baseline:
+        warnings.warn(
+            NoEffectWarning(f"{spec.address} kept all {len(context.pool)} rows; training on them equals 'all'."),
+            stacklevel=2,
+        )
+    return Selection(
+        **selection_fields(
+            spec, config, context, picks, dataset=dataset_facts, cost=cost, scorer=scorer, row_ids=row_ids
+        )
+    )
+
+
+def pool_method(names: str) -> MethodSpec:
+    """The one method of ``"a+b"`` that selects before training.
+
+    Raises:
+        PlanError: Two methods fill the same slot, or none fills the slot ``pool``.
+    """
+    specs = resolve("selection", names)
+    by_slot: dict[str, MethodSpec] = {}
+    for spec in specs:
+        if spec.slot in by_slot:
+            raise PlanError(
+                f"selection={names!r} names two methods for the slot {spec.slot!r}: {by_slot[spec.slot].name!r} and "
+                f"{spec.name!r}; keep one of them."
+            )
+        by_slot[spec.slot] = spec
+    if "pool" not in by_slot:
+        raise PlanError(f"selection={names!r} selects during training only; use it in a trainer, not on a dataset.")
+    return by_slot["pool"]
+
+
+def load_selected(dataset: Any, selection: Any, *, name: str | None = None, token: str | None = None) -> Any:
+    """The chosen rows of a dataset, verified by content.
+
+    Args:
+        dataset: A dataset, or the Hub id or folder of one; None for the one the manifest names.
+        selection: A ``Selection``, a folder that ``save`` wrote, or a Hub dataset repository.
+        name: Which selection of a Hub repository.
+        token: Access token; None for the one that is logged in.
+
+    Raises:
+        OptionError: No dataset is given and the manifest names none.
+    """
+    if not isinstance(selection, Selection):
+        selection = Selection.from_pretrained(selection, name, token=token)
+    about = selection.manifest["dataset"]
+    if dataset is None:
+        dataset = about["repo_id"]
+        if dataset is None:
+            raise OptionError("the manifest names no Hub dataset; pass the dataset it was made from.")
+    if isinstance(dataset, (str, Path)):
+        revision = about["revision"] if str(dataset) == about["repo_id"] else None
+        dataset = hub.fetch_split(
+            str(dataset), config=about["config"], split=about["split"], revision=revision, token=token
+        )
+    return selection.apply(dataset)
+
+
+def _check_given(spec: MethodSpec, model: Any, target: Any) -> None:
+    """What a method cannot do without, before any row is read."""
+    if spec.traits.needs_model and model is None:
+        raise DataError(f"{spec.address} scores with a model; pass model=.")
+    if spec.traits.needs_reference_set and target is None:
+        raise DataError(f"{spec.address} needs target rows that stand for the task; pass target= (or eval_dataset).")
+
+
+def _check_needs(spec: MethodSpec, context: SelectionContext) -> None:
+    require(spec)
+    _check_given(spec, context.model, context.reference)
+    if not len(context.pool):
+        raise DataError("the pool is empty: there are 0 rows to choose from.")
+    if not (context.pool.loss_lengths > 0).any():
+        raise DataError(
+            f"none of the {len(context.pool)} rows of the pool has a token that carries loss; "
+            "check max_length and the labels."
+        )
+    if spec.traits.needs_causal_lm and not context.is_causal_lm:
+        raise PlanError(f"{spec.address} works on decoder-only language models only.")
+    if context.reference is not None and not (context.reference.loss_lengths > 0).any():
+        raise DataError(f"none of the {len(context.reference)} target rows has a token that carries loss.")
+
+
+def _seeded(seed: int) -> Any:
+    import torch
+
+    return torch.Generator().manual_seed(seed)
+
+
+def _scoring_fields(model: Any) -> dict[str, Any]:
+    """Fields of the context that follow from the model."""
+    if model is None:
+        return {}
+    from hf_eff.contracts.memory import BatchShape
+    from hf_eff.engines.facts import model_facts
+    from hf_eff.numerics.flops import forward_flops
+
+    facts = model_facts(model)
+    return {
+        "model": model,
+        "device": next(model.parameters()).device,
+        "forward_flops": lambda rows, length: forward_flops(facts, BatchShape(rows, length)),
+        "is_causal_lm": facts.is_causal_lm,
+    }
+
+
+def _row_ids(pool: Any, column: str | None) -> list[str] | None:
+    if column is None:
+        return None
+    if column not in pool.column_names:
+        raise DataError(f"id_column={column!r} is not a column of the pool: {pool.column_names}.")
+    return [str(value) for value in pool[column]]
+
+
+def _ledger(budget: str | Budget | None) -> Ledger:
+    from hf_eff.hardware.ledger import Ledger
+
+    return Ledger(Budget.parse(budget))
+
+
+def _spend(ledger: Ledger) -> Callable[[float, float], None]:
+    def spend(flops: float, tokens: float) -> None:
+        ledger.require({"flops": flops, "tokens": tokens}, "the next scoring batch")
+        ledger.charge("select", flops=flops, tokens=tokens)
+
+    return spend
+
+
+def _progress(iterable: Iterable[Any], total: int | None = None, description: str = "") -> Iterable[Any]:
+    from tqdm.auto import tqdm
+
+    # disable=None: silent where nobody watches.
+    return tqdm(iterable, total=total, desc=description, disable=None)
+
+
+def _published(repo_id: str, folder: Path, token: str | None) -> dict[str, Mapping[str, Any]]:
+    """Manifests that the repository holds already, by name; none when it does not exist yet."""
+    if not hub.exists(repo_id, "dataset", token):
+        return {}
+    hub.pull_folder(repo_id, folder, patterns=[f"{FOLDER}/*/{MANIFEST}"], token=token)
+    return {path.parent.name: read_manifest(path) for path in folder.glob(f"{FOLDER}/*/{MANIFEST}")}
+
+
+def _plain_name(name: str) -> str:
+    if not name or not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
+        raise OptionError(f"a selection's name may hold letters, digits, '-', '_' and '.', got {name!r}.")
+    return name

@@ -1,0 +1,352 @@
+"""Trainers: the stock loop, reached only through a few overrides, each a line or two to the run.
+
+Put ``BudgetedTrainerMixin`` first among the bases of any ``Trainer`` subclass::
+
+    class BudgetedDPOTrainer(BudgetedTrainerMixin, DPOTrainer): ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from hf_eff.arguments import options_of, run_facts
+from hf_eff.contracts.cost import Facts
+from hf_eff.contracts.governor import Decision
+from hf_eff.contracts.memory import OptimizerContext, StepContext
+from hf_eff.engines.checkpoints import is_complete, resolve_checkpoint
+from hf_eff.engines.facts import batch_shape, model_facts, pool_facts
+from hf_eff.engines.schedule_progress import follow_budget
+from hf_eff.files import require_writable
+from hf_eff.hardware.ledger import Ledger
+from hf_eff.hardware.probe import hardware_facts
+from hf_eff.manifest import Selection
+from hf_eff.memory import MemoryStack
+from hf_eff.options import ResolvedOptions, resolve_options, with_default_memory
+from hf_eff.plan import Plan, make_plan
+from hf_eff.run import BudgetedRun
+from hf_eff.run_ends import extend_card, finish_run, start_run
+from hf_eff.selection_stage import SelectionStage
+
+
+class BudgetedTrainerMixin:
+    """Adds selection, memory methods and a governor to any ``Trainer`` subclass.
+
+    With every hf_eff field at its default the parent class runs untouched.
+
+    Attributes:
+        plan: The ``Plan`` of the run; None while nothing of hf_eff is asked for.
+        report: Predicted beside measured, a mapping, or None before ``train()`` ends.
+    """
+
+    default_memory: ClassVar[str] = "full"
+    trainer_kind: ClassVar[str] = "trainer"
+
+    plan: Plan | None = None
+    report: dict[str, Any] | None = None
+    _resolved: ResolvedOptions | None = None
+    budgeted_run: BudgetedRun | None = None
+    _micro_step: int = 0
+
+    def __init__(self, *positional: Any, **named: Any) -> None:
+        given = _by_name(type(self), positional, named)
+        options = with_default_memory(options_of(given.get("args")), self.default_memory)
+        if not options.is_neutral:
+            self._resolved = resolve_options(options)
+            self.memory_stack = MemoryStack(self._resolved.memory)
+            self.selection_stage = SelectionStage(self._resolved)
+            self._prepare_given(given)
+        super().__init__(**given)
+        if self._resolved is not None:
+            self.add_callback(_RunCallback(self))
+            self.plan = self._make_plan(self.model, self.train_dataset, self.eval_dataset, self.args)
+
+    def _prepare_given(self, given: dict[str, Any]) -> None:
+        """Refuse what cannot work and change the model, before the parent is built."""
+        args, model = given.get("args"), given.get("model")
+        if args is not None and args.output_dir is not None:
+            require_writable(args.output_dir)
+        if isinstance(model, nn.Module):
+            if args is not None:
+                self._make_plan(model, given.get("train_dataset"), given.get("eval_dataset"), args)
+            given["model"] = self.memory_stack.prepare_model(model, getattr(args, "seed", 42))
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A fresh model from ``model_init``, with the memory methods' changes."""
+        model = super().call_model_init(trial)
+        return model if self._resolved is None else self.memory_stack.prepare_model(model, self.args.seed)
+
+    def _make_plan(self, model: nn.Module, pool: Any, target: Any, args: Any) -> Plan:
+        assert self._resolved is not None  # noqa: S101 - callers hold it
+        custom = getattr(self, "optimizer", None) is not None
+        facts = Facts(
+            model=model_facts(model),
+            pool=pool_facts(pool, target),
+            hardware=hardware_facts(world_size=args.world_size, backend=_backend(args)),
+            run=run_facts(args, self.trainer_kind, custom_optimizer=custom),
+        )
+        return make_plan(self._resolved.options, facts)
+
+    # What a run leaves behind
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """What was spent, by purpose and currency; None before ``train()``."""
+        return self.budgeted_run.ledger if self.budgeted_run is not None else None
+
+    @property
+    def selection(self) -> Selection | None:
+        """The rows that were trained on, or None when every row is."""
+        return self.selection_stage.selection if self._resolved is not None else None
+
+    # The run
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Select, train under the budget, report.
+
+        Args:
+            resume_from_checkpoint: A checkpoint folder, or True for the last complete one.
+            args: Passed on to the parent.
+            kwargs: Passed on to the parent.
+        """
+        if self._resolved is None:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        self.budgeted_run = start_run(self, self.plan, checkpoint)
+        try:
+            output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+        finally:
+            self.budgeted_run.end()
+        self.report = finish_run(self, self.budgeted_run)
+        return output
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Let the memory methods make the optimizer, else the one that ``optim`` names."""
+        if self.budgeted_run is not None and self.optimizer is None:
+            model = next(iter([*args, *kwargs.values()]), None) or self.model
+            stock = _Once(lambda: super(BudgetedTrainerMixin, self).create_optimizer(*args, **kwargs))
+            self.optimizer = self.memory_stack.create_optimizer(self._optimizer_context(model, stock))
+        return super().create_optimizer(*args, **kwargs)
+
+    def _optimizer_context(self, model: nn.Module, stock: Callable[[], torch.optim.Optimizer]) -> OptimizerContext:
+        chosen = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
+        return OptimizerContext(
+            model=model,
+            candidates=frozenset(name for name, tensor in model.named_parameters() if tensor.requires_grad),
+            decay_names=frozenset(self.get_decay_parameter_names(model)),
+            optimizer_class=chosen[0],
+            optimizer_kwargs=dict(chosen[1]),
+            weight_decay=self.args.weight_decay,
+            stock=stock,
+            seed=self.args.seed,
+            total_steps=(self.plan.stop_step if self.plan is not None else None) or 0,
+        )
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """The parent's schedule, sped up so that it ends when an additive budget ends."""
+        scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
+        if self.budgeted_run is not None and self.budgeted_run.limits_progress:
+            follow_budget(scheduler, num_training_steps, self.budgeted_run.progress)
+        return scheduler
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """The batches of the next optimizer step, or none when a limit would be passed."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        if self.budgeted_run is None or not batches or self.budgeted_run.admit(batches, self.state.global_step):
+            return batches, num_items
+        self._stop(self.budgeted_run.stop)
+        return [], None
+
+    def _stop(self, decision: Decision) -> None:
+        """End the loop; where checkpoints are kept, keep this state too, as transformers does at the end."""
+        self.control.should_training_stop = True
+        step, folder = self.state.global_step, Path(self.args.output_dir)
+        saved = is_complete(folder / f"checkpoint-{step}")
+        if self.args.save_strategy == "steps" and step > 0 and not saved:
+            self.control.should_save = True
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """One micro-batch, through the memory methods."""
+        if self.budgeted_run is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        context = StepContext(
+            model=model,
+            unwrapped=self.accelerator.unwrap_model(model),
+            inputs=inputs,
+            num_items=num_items_in_batch,
+            micro_step=self._micro_step,
+            micro_steps=self.current_gradient_accumulation_steps,
+            global_step=self.state.global_step,
+            stock=super().training_step,
+            loss=self._loss_alone,
+            mean_over_ranks=self.budgeted_run.ranks.mean,
+        )
+        with self.budgeted_run.measured(context.unwrapped):
+            loss = self.memory_stack.training_step(context)
+        self._micro_step += 1
+        self.budgeted_run.note_loss(loss)
+        return loss
+
+    def _loss_alone(self, model: nn.Module, inputs: Any, num_items: Any) -> torch.Tensor:
+        """The parent's loss, scaled for accumulation, with no trace left in its metrics."""
+        batch = dict(self._prepare_inputs(inputs))
+        with _metrics_kept(self), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, batch, num_items_in_batch=num_items)
+        loss = loss.mean() if self.args.n_gpu > 1 else loss
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            scaled = self.compute_loss_func is not None or (self.model_accepts_loss_kwargs and num_items is not None)
+        return loss if scaled else loss / self.current_gradient_accumulation_steps
+
+    def floating_point_ops(self, inputs: Any) -> float:
+        """True FLOPs of a micro-batch, so that every tracker shows them."""
+        if self.budgeted_run is None:
+            return super().floating_point_ops(inputs)
+        shape = batch_shape(inputs, self.budgeted_run.plan.facts.model)
+        return self.budgeted_run.step_flops([shape], self.state.global_step)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self.budgeted_run is not None and self.memory_stack.grad_norm() is not None:
+            return None
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        own = self.memory_stack.grad_norm() if self.budgeted_run is not None else None
+        return super()._get_grad_norm(model, grad_norm=grad_norm) if own is None else own
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The parent's evaluation, timed under its own purpose."""
+        with self._clock("eval"):
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._clock("save"):
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _clock(self, purpose: str) -> contextlib.AbstractContextManager[Any]:
+        return self.budgeted_run.ledger.clock(purpose) if self.budgeted_run is not None else contextlib.nullcontext()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.budgeted_run is not None and self.args.should_save:
+            self.budgeted_run.save(output_dir, self.state.global_step)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.budgeted_run is not None and checkpoint is not None:
+            self.budgeted_run.load_methods()
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The parent's log; training entries also show the budget and the methods' own numbers."""
+        if self.budgeted_run is not None and "loss" in logs:
+            logs.update(self.budgeted_run.log_entries())
+        super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The parent's card with the run's plan and measurements added."""
+        super().create_model_card(*args, **kwargs)
+        if self.report is not None and self.is_world_process_zero():
+            extend_card(self.report, self.args.output_dir)
+
+
+class _Once:
+    """Builds the stock optimizer at most once."""
+
+    def __init__(self, build: Callable[[], torch.optim.Optimizer]) -> None:
+        self._build = build
+        self._made: torch.optim.Optimizer | None = None
+
+    def __call__(self) -> torch.optim.Optimizer:
+        if self._made is None:
+            self._made = self._build()
+        return self._made
+
+
+class _RunCallback(TrainerCallback):
+    """Tells the run where the loop is. Its state lives in the side-car, not in transformers' own."""
+
+    def __init__(self, trainer: BudgetedTrainerMixin) -> None:
+        self._trainer = weakref.ref(trainer)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self._trainer()
+        trainer.memory_stack.train_begin(trainer.model, state.global_step)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self._trainer()
+        trainer._micro_step = 0  # noqa: SLF001
+        trainer.memory_stack.step_begin(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self._trainer()
+        rate = kwargs["lr_scheduler"].get_last_lr()[0]
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        decision = trainer.budgeted_run.finish_step(state.global_step, model, kwargs["optimizer"], rate)
+        if decision.action == "stop":
+            trainer._stop(decision)  # noqa: SLF001
+
+
+def _by_name(kind: type, positional: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name, as the first real constructor below the mixin would bind them."""
+    for base in kind.__mro__[kind.__mro__.index(BudgetedTrainerMixin) + 1 :]:
+        constructor = base.__dict__.get("__init__")
+        if constructor is None:
+            continue
+        signature = inspect.signature(constructor)
+        args = signature.parameters.get("args")
+        if args is not None and args.kind is not inspect.Parameter.VAR_POSITIONAL:
+            bound = dict(list(signature.bind_partial(None, *positional, **named).arguments.items())[1:])
+            kinds = {parameter.kind: name for name, parameter in signature.parameters.items()}
+            return {**bound, **bound.pop(kinds.get(inspect.Parameter.VAR_KEYWORD), {})}
+    raise TypeError(f"{kind.__name__} has no base whose constructor takes args=...; use a Trainer subclass.")
+
+
+@contextlib.contextmanager
+def _metrics_kept(trainer: Any) -> Iterator[None]:
+    """TRL's ``compute_loss`` counts tokens and metrics at each call; put them back as they were."""
+    metrics = getattr(trainer, "_metrics", None)
+    tokens = getattr(trainer, "_total_train_tokens", None)
+    kept = {mode: {key: list(values) for key, values in entries.items()} for mode, entries in (metrics or {}).items()}
+    try:
+        yield
+    finally:
+        if metrics is not None:
+            for mode, entries in metrics.items():
+                entries.clear()
+                entries.update(kept.get(mode, {}))
+        if tokens is not None:
+            trainer._total_train_tokens = tokens  # noqa: SLF001
+
+
+def _backend(args: Any) -> str:
+    """How processes share the work, read from the arguments before anything is wrapped."""
+    if getattr(args, "deepspeed", None):
+        return "deepspeed"
+    if getattr(args, "fsdp", None):
+        version = (getattr(args, "fsdp_config", None) or {}).get("version", 2)
+        return "fsdp2" if int(version) == 2 else "fsdp1"
+    return "ddp" if args.world_size > 1 else "none"
+
+
+class BudgetedTrainer(BudgetedTrainerMixin, Trainer):
+    """``Trainer`` with selection, memory methods and a governor, picked by name."""
+
+
+class BlockwiseTrainer(BudgetedTrainer):
+    """``BudgetedTrainer`` that updates one block of layers at a time (``memory="badam"``)."""
+
+    default_memory = "badam"
+
+
+class ZOTrainer(BudgetedTrainer):
+    """``BudgetedTrainer`` that trains without a backward pass (``memory="mezo"``)."""
+
+    default_memory = "mezo"

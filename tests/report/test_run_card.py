@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from hf_eff.report import build_report, render_run_card
+from hf_eff.report.secrets import mask_secrets
+
+PLAN = {
+    "methods": {"selection:less": {"fraction": 0.1}, "memory:badam": {}, "governor:none": {}},
+    "budget": {"tokens": 100.0},
+    "predicted": {"steps": 4, "stop_step": 4, "step_tokens": 20.0},
+}
+
+
+def card(**environment):
+    measured = {"steps": 4, "stopped_by": None}
+    return render_run_card(build_report(PLAN, {"spent": {"tokens": 80.0}}, measured, environment=environment))
+
+
+def test_the_head_is_yaml_that_the_hub_reads():
+    text = card(base_model="org/model", datasets=["org/data"], library_name="peft", tags=["sft"])
+    head = yaml.safe_load(text.split("---\n")[1])
+    assert head == {
+        "tags": ["governor-none", "hf_eff", "memory-badam", "selection-less", "sft"],
+        "library_name": "peft",
+        "base_model": "org/model",
+        "datasets": ["org/data"],
+    }
+
+
+def test_a_hostile_name_cannot_break_out_of_the_head():
+    text = card(base_model="x\n---\n# gone", datasets=["a: b"])
+    head, body = text.removeprefix("---\n").split("\n---\n", 1)
+    assert yaml.safe_load(head)["datasets"] == ["a: b"]
+    assert body.startswith("\n# Budgeted fine-tuning run")
+
+
+def test_the_body_holds_methods_figures_and_the_command():
+    text = card(command="hf-eff train --seed 1", versions={"torch": "2.13"})
+    assert "| selection | `less` | `fraction=0.1` |" in text
+    assert "| tokens | 80 tok | 80 tok | 1.00 | 100 tok | 80.0% |" in text
+    assert "```bash\nhf-eff train --seed 1\n```" in text
+    assert "Versions: torch 2.13." in text
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("hf_" + "Ab1" * 12, "hf_***"),
+        ("key sk-" + "x" * 30 + " end", "key sk-*** end"),
+        ("--hub_token plain --seed 1", "--hub_token *** --seed 1"),
+        ("api_key='abc' rest", "api_key='***' rest"),
+        ('"password": "abc"', '"password": "***"'),
+        ("https://me:pass@host/x", "https://***@host/x"),
+        ("hf_eff.selection hf_eff_state.json --eos_token <|im_end|> tokens: 300", None),
+    ],
+)
+def test_secrets_are_masked_and_plain_words_are_not(text, kept):
+    assert mask_secrets(text) == (text if kept is None else kept)
+
+
+def test_no_secret_reaches_the_card():
+    secret = "hf_" + "Z9" * 17
+    text = card(command=f"HF_TOKEN={secret} hf-eff train", title=f"Run {secret}", datasets=[f"https://u:{secret}@h/d"])
+    assert secret not in text
+    assert "Z9Z9" not in text
