@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import TrainingArguments
 
+from hf_eff import registry
 from hf_eff.contracts.cost import RunFacts
 from hf_eff.options import EffOptions, resolve_options
 
@@ -56,7 +57,7 @@ class BudgetedArguments:
 
     def __post_init__(self) -> None:
         """Check names, options and the budget at once, before anything is loaded."""
-        resolved = resolve_options(options_of(self))
+        resolved = resolve_options(_without_trainer_defaults(options_of(self)))
         if any(chosen.spec.traits.freezes_parameters for chosen in resolved.memory):
             self._expect_unused_parameters()
         parent = getattr(super(), "__post_init__", None)
@@ -91,6 +92,13 @@ def options_of(args: Any) -> EffOptions:
         price_per_hour=_number(getattr(args, "price_per_hour", None)),
         **{name: _mapping(getattr(args, name, None)) for name in _DICT_FIELDS},
     )
+
+
+def _without_trainer_defaults(options: EffOptions) -> EffOptions:
+    """Without an update method the trainer adds its own, so that only the trainer can judge ``memory_kwargs``."""
+    if any(spec.slot == "update" for spec in registry.resolve("memory", options.memory)):
+        return options
+    return replace(options, memory_kwargs={})
 
 
 def _number(value: Any) -> float | None:

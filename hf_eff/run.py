@@ -25,6 +25,7 @@ from hf_eff.units import format_amount
 if TYPE_CHECKING:
     import torch
 
+    from hf_eff.contracts.cost import ModelFacts
     from hf_eff.contracts.memory import BatchShape
     from hf_eff.memory import MemoryStack
     from hf_eff.plan import Plan
@@ -45,11 +46,13 @@ class BudgetedRun:
     Args:
         plan: What was planned.
         memory: The memory methods at work.
+        model: Shapes of the model as it trains, adapters included.
         directory: Where plan, log and report go.
     """
 
-    def __init__(self, plan: Plan, memory: MemoryStack, directory: RunDirectory) -> None:
+    def __init__(self, plan: Plan, memory: MemoryStack, model: ModelFacts, directory: RunDirectory) -> None:
         self.plan = plan
+        self.model = model
         self.memory = memory
         self.directory = directory
         self.ranks = Ranks()
@@ -63,6 +66,7 @@ class BudgetedRun:
         self._methods_state: Mapping[str, Any] = {}
         self._clocks = ExitStack()
         self._bad_losses = 0
+        self._advised = False
         self._loss: torch.Tensor | None = None
         self._seconds_before_step = 0.0
         self._meter: MemoryMeter | None = None
@@ -73,7 +77,7 @@ class BudgetedRun:
 
     def admit(self, batches: Sequence[Mapping[str, Any]], global_step: int) -> bool:
         """Charge the next optimizer step if every limit allows it; otherwise note why the run ends."""
-        shapes = [batch_shape(batch, self.plan.facts.model) for batch in batches]
+        shapes = [batch_shape(batch, self.model) for batch in batches]
         need = self.ranks.sum({**self._tokens(batches), "flops": self.step_flops(shapes, global_step)})
         passed = self.ranks.broadcast(self._passed(need))
         if passed is not None:
@@ -86,17 +90,16 @@ class BudgetedRun:
         return True
 
     def _tokens(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        counts = [token_counts(batch, self.plan.facts.model.is_causal_lm) for batch in batches]
+        counts = [token_counts(batch, self.model.is_causal_lm) for batch in batches]
         names = {"paid": "tokens", "useful": "useful_tokens", "loss": "loss_tokens"}
         return {name: float(sum(count[key] for count in counts)) for key, name in names.items()}
 
     def step_flops(self, shapes: Sequence[BatchShape], global_step: int) -> float:
         """FLOPs of these micro-batches on this rank, recomputation by checkpointing included."""
-        facts = self.plan.facts
-        flops = self.memory.step_flops(facts.model, shapes, global_step)
+        flops = self.memory.step_flops(self.model, shapes, global_step)
         differentiates = all(chosen.spec.traits.needs_backward for chosen in self.plan.resolved.memory)
-        if facts.run.checkpointing and differentiates:
-            flops += sum(recompute_flops(facts.model, shape) for shape in shapes)
+        if self.plan.facts.run.checkpointing and differentiates:
+            flops += sum(recompute_flops(self.model, shape) for shape in shapes)
         return flops
 
     def _passed(self, need: Mapping[str, float]) -> str | None:
@@ -188,7 +191,8 @@ class BudgetedRun:
             self.stop = decision
             logger.warning("Governor ends training at step %d: %s.", step, decision.reason)
             return decision
-        if mode == "advise":
+        if mode == "advise" and not self._advised:
+            self._advised = True  # once: a verdict that holds is repeated at every step
             text = f"at step {step} the governor advises to {decision.action}: {decision.reason}"
             warnings.warn(text, EffWarning, stacklevel=2)
         return _CONTINUE

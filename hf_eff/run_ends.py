@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_eff.contracts.memory import BatchShape
+from hf_eff.engines.facts import model_facts
 from hf_eff.engines.gain_probe import GainProbe
 from hf_eff.files import write_text
 from hf_eff.governor import GovernorLog
@@ -18,6 +19,7 @@ from hf_eff.scoring_rows import reference_rows, scoring_collator
 from hf_eff.supervisor import Supervisor
 
 if TYPE_CHECKING:
+    from hf_eff.manifest import Selection
     from hf_eff.plan import Plan
 
 
@@ -36,7 +38,8 @@ def start_run(trainer: Any, plan: Plan, checkpoint: Path | None) -> BudgetedRun:
     """
     if trainer.budgeted_run is not None:
         _forget(trainer, plan)
-    run = BudgetedRun(plan, trainer.memory_stack, RunDirectory(trainer.args.output_dir))
+    model = model_facts(trainer.accelerator.unwrap_model(trainer.model))
+    run = BudgetedRun(plan, trainer.memory_stack, model, RunDirectory(trainer.args.output_dir))
     if checkpoint is not None:
         run.restore(checkpoint)
     if run.ranks.is_first:
@@ -72,7 +75,7 @@ def _supervisor(trainer: Any, run: BudgetedRun) -> Supervisor:
 
 
 def _probe(trainer: Any, run: BudgetedRun) -> GainProbe:
-    facts = run.plan.facts.model
+    facts = run.model
     rows, _ = reference_rows(trainer, trainer.selection_stage.unpacked_reference)
     return GainProbe(
         rows,
@@ -97,13 +100,28 @@ def finish_run(trainer: Any, run: BudgetedRun) -> dict[str, Any]:
         run.plan.to_dict(),
         {"spent": run.ledger.spent(), "by_purpose": run.ledger.by_purpose()},
         {**run.memory_measured, "steps": run.steps_done, "stopped_by": stopped_by},
-        selection.summary() if selection is not None else None,
+        _chosen_rows(selection) if selection is not None else None,
         {"ended": run.stop.reason} if stopped_by else None,
         environment(getattr(getattr(trainer.model, "config", None), "_name_or_path", None) or None),
     )
     if run.ranks.is_first:
         run.directory.write_report(report)
     return report
+
+
+def _chosen_rows(selection: Selection) -> dict[str, Any]:
+    """What people ask of a selection first."""
+    about, scores = selection.manifest["selection"], selection.manifest["scores"]
+    return {
+        "method": about["method"],
+        "rows": about["num_selected"],
+        "of": selection.manifest["dataset"]["num_rows"],
+        "tokens": about["num_tokens"],
+        "invalid rows": about["num_invalid"],
+        "mean score of all rows": scores["mean"],
+        "digest": selection.digest,
+        **about["notes"],
+    }
 
 
 def extend_card(report: dict[str, Any], folder: str | Path) -> None:

@@ -118,10 +118,10 @@ class SelectionStage:
             device=trainer.args.device,
             store_dir=run.directory.path / STORE,
             spend=_spender(run),
-            forward_flops=lambda rows, length: forward_flops(run.plan.facts.model, BatchShape(rows, length)),
+            forward_flops=lambda rows, length: forward_flops(run.model, BatchShape(rows, length)),
             progress=_progress(disable=trainer.args.disable_tqdm),
             learning_rate=trainer.args.learning_rate,
-            is_causal_lm=run.plan.facts.model.is_causal_lm,
+            is_causal_lm=run.model.is_causal_lm,
         )
         raw = self._raw_rows()
         return run_selection(

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_eff.arguments import options_of, run_facts
-from hf_eff.contracts.cost import Facts
+from hf_eff.contracts.cost import Facts, ModelFacts
 from hf_eff.contracts.governor import Decision
 from hf_eff.contracts.memory import OptimizerContext, StepContext
 from hf_eff.engines.checkpoints import is_complete, resolve_checkpoint
@@ -53,6 +53,7 @@ class BudgetedTrainerMixin:
     plan: Plan | None = None
     report: dict[str, Any] | None = None
     _resolved: ResolvedOptions | None = None
+    _given_model: ModelFacts | None = None
     budgeted_run: BudgetedRun | None = None
     _micro_step: int = 0
 
@@ -77,18 +78,24 @@ class BudgetedTrainerMixin:
         if isinstance(model, nn.Module):
             if args is not None:
                 self._make_plan(model, given.get("train_dataset"), given.get("eval_dataset"), args)
-            given["model"] = self.memory_stack.prepare_model(model, getattr(args, "seed", 42))
+            given["model"] = self._change_model(model, getattr(args, "seed", 42))
+
+    def _change_model(self, model: nn.Module, seed: int) -> nn.Module:
+        """Apply the memory methods; a plan goes on to speak of the model as the user gave it."""
+        if self.memory_stack.changes_model:
+            self._given_model = model_facts(model)
+        return self.memory_stack.prepare_model(model, seed)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A fresh model from ``model_init``, with the memory methods' changes."""
         model = super().call_model_init(trial)
-        return model if self._resolved is None else self.memory_stack.prepare_model(model, self.args.seed)
+        return model if self._resolved is None else self._change_model(model, self.args.seed)
 
     def _make_plan(self, model: nn.Module, pool: Any, target: Any, args: Any) -> Plan:
         assert self._resolved is not None  # noqa: S101 - callers hold it
         custom = getattr(self, "optimizer", None) is not None
         facts = Facts(
-            model=model_facts(model),
+            model=self._given_model or model_facts(model),
             pool=pool_facts(pool, target),
             hardware=hardware_facts(world_size=args.world_size, backend=_backend(args)),
             run=run_facts(args, self.trainer_kind, custom_optimizer=custom),
@@ -210,7 +217,7 @@ class BudgetedTrainerMixin:
         """True FLOPs of a micro-batch, so that every tracker shows them."""
         if self.budgeted_run is None:
             return super().floating_point_ops(inputs)
-        shape = batch_shape(inputs, self.budgeted_run.plan.facts.model)
+        shape = batch_shape(inputs, self.budgeted_run.model)
         return self.budgeted_run.step_flops([shape], self.state.global_step)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:

@@ -1,10 +1,17 @@
 """Interrupted and resumed equals uninterrupted, bit for bit: every registered method, without exception."""
 
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from hf_eff.contracts.spec import KINDS
+from hf_eff.errors import CheckpointError
 from hf_eff.registry import get_method, list_methods
-from hf_eff.testing.trial import Trial
+from hf_eff.testing.trial import Trial, outcome_of
 
 SPECS = [get_method(kind, name) for kind in KINDS for name in list_methods(kind)]
 GRID = [
@@ -26,3 +33,69 @@ def test_resumed_equals_uninterrupted(spec, trainer, accumulation, tmp_path):
     middle, boundary = 1, trial.epoch_steps
     assert middle < boundary
     assert {step: trial.interrupted(step).differences(whole) for step in (middle, boundary)} == {middle: [], boundary: []}
+
+
+# Killed: one demanding method of each kind, found by what it declares
+
+WORKER = Path(__file__).parent / "workers" / "killed.py"
+DEMANDS = {
+    "selection": lambda traits: traits.needs_model and traits.needs_reference_set,
+    "memory": lambda traits: traits.needs_blocks,
+    "governor": lambda traits: traits.needs_reference_set,
+}
+DEMANDING = [next(spec for spec in SPECS if spec.kind == kind and DEMANDS[kind](spec.traits)) for kind in KINDS]
+SCENARIOS = {"term": -signal.SIGTERM, "save:1": -signal.SIGKILL, "save:4": -signal.SIGKILL, "half": -signal.SIGKILL}
+KILLED = [
+    pytest.param(spec, scenario, id=f"{spec.kind}={spec.name}-{scenario}") for spec in DEMANDING for scenario in SCENARIOS
+]
+SELECTING = DEMANDING[0]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Folder of the runs that died, and how each ended."""
+    folder = tmp_path_factory.mktemp("killed")
+    words = [f"{spec.kind}={spec.name}:{scenario}" for spec in DEMANDING for scenario in SCENARIOS]
+    words.append(f"{SELECTING.kind}={SELECTING.name}:select")
+    done = subprocess.run(
+        [sys.executable, str(WORKER), str(folder), *words], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    last = [line for line in done.stdout.splitlines() if line.startswith("ENDS ")][-1]
+    return folder, json.loads(last.removeprefix("ENDS "))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    outcomes = {}
+
+    def run(spec):
+        if spec.name not in outcomes:
+            outcomes[spec.name] = Trial(spec, tmp_path_factory.mktemp("whole"), accumulation=2).whole()
+        return outcomes[spec.name]
+
+    return run
+
+
+@pytest.mark.parametrize(("spec", "scenario"), KILLED)
+def test_killed_and_resumed_equals_uninterrupted(spec, scenario, killed, uninterrupted):
+    folder, ends = killed
+    word = f"{spec.kind}={spec.name}:{scenario}"
+    assert ends[word] == SCENARIOS[scenario]
+    trial = Trial(spec, folder / word.replace(":", "-"), accumulation=2)
+    trainer = trial.build("run", save_strategy="steps", save_steps=1)
+    trainer.train(resume_from_checkpoint=True)
+    assert outcome_of(trainer).differences(uninterrupted(spec)) == []
+
+
+def test_killed_while_selecting_and_started_again(killed, uninterrupted):
+    folder, ends = killed
+    word = f"{SELECTING.kind}={SELECTING.name}:select"
+    assert ends[word] == -signal.SIGKILL
+    trainer = Trial(SELECTING, folder / word.replace(":", "-"), accumulation=2).build("run")
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+    trainer = Trial(SELECTING, folder / word.replace(":", "-"), accumulation=2).build("run")
+    trainer.train()
+    wrong = outcome_of(trainer).differences(uninterrupted(SELECTING))
+    assert set(wrong) <= {"spent"}  # features kept from the first try need not be paid again

@@ -79,7 +79,7 @@ def parse_run(argv: Sequence[str], command: str) -> tuple[RunFlags, TrainingArgu
     """
     config, words = read_config(argv)
     parser = _parser(_arguments_class(_task(words, config)), command)
-    parser.apply_config(config)
+    parser.apply_config({"use_cpu": _is_cpu_only(), **config})
     try:
         parsed = parser.parse_args_into_dataclasses(args=words, return_remaining_strings=True, look_for_args_file=False)
     except EffError:
@@ -94,6 +94,13 @@ def _task(words: Sequence[str], config: dict[str, Any]) -> str:
     finder = SentenceErrors(prog="hf-eff", add_help=False, allow_abbrev=False)
     finder.add_argument("--task", default=config.get("task", "sft"))
     return str(finder.parse_known_args(list(words))[0].task)
+
+
+def _is_cpu_only() -> bool:
+    """Without an accelerator ``use_cpu`` is the only value that transformers accepts beside bf16."""
+    from hf_eff.hardware.probe import hardware_facts
+
+    return hardware_facts().device == "cpu"
 
 
 def _arguments_class(task: str) -> type:

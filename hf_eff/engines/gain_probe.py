@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from hf_eff.contracts.governor import ProbeReading
 from hf_eff.engines.scoring import model_example_losses, scoring_mode, token_batches
@@ -153,10 +154,18 @@ class GainProbe:
                 moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
                 losses, _ = model_example_losses(model, moved, is_causal_lm=self.is_causal_lm)
                 found.append((positions.tolist(), losses.double().tolist()))
+        _reshard(model)
         all_losses = np.full(self.num_examples, np.nan)
         for positions, losses in (pair for part in self.gather(found) for pair in part):
             all_losses[positions] = losses
         return all_losses
+
+
+def _reshard(model: nn.Module) -> None:
+    """Free what FSDP2 gathered; after a forward without gradients its root module would keep whole parameters."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _share_evenly(lengths: list[int], batch_tokens: int, world_size: int) -> list[np.ndarray]:

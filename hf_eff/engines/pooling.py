@@ -38,7 +38,7 @@ class RowFormat:
         truncation_mode: Which end survives: ``"keep_start"`` or ``"keep_end"``.
         text_field: Column of plain-text rows.
         completion_only_loss: Whether prompts carry no loss; None means yes for rows that have a
-            prompt and a completion.
+            prompt and a completion, and no for tokenised rows with a completion mask.
         assistant_only_loss: Whether only the assistant's turns carry loss.
         formatting_func: Turns a row into text, or None.
         is_causal_lm: Whether labels are shifted by one.
@@ -70,7 +70,7 @@ def make_pool(
     row_format: RowFormat | None = None,
     columns: Sequence[str] | None = None,
     source_column: str = "source",
-    group_column: str = "group",
+    group_column: str | None = None,
 ) -> Pool:
     """Tokenise, measure and hash the rows of a dataset.
 
@@ -80,10 +80,11 @@ def make_pool(
             already tokenised (``input_ids``, optionally ``labels``).
         processing_class: Tokenizer; not needed for tokenised rows.
         row_format: Truncation and masking.
-        columns: Columns whose content identifies a row; all of them without. The columns under
-            ``_columns`` of images or sound cannot be among them.
+        columns: Columns whose content identifies a row; all of them without. Images and sound
+            cannot be among them.
         source_column: Where the name of a row's source is, if anywhere.
-        group_column: Where the sub-task of a target row is; without it, sources are groups.
+        group_column: Where the sub-task of a target row is; None for ``"group"`` or, without
+            such a column, the sources.
 
     Returns:
         A pool with one entry for every row, in order; ``loss_lengths`` is 0 for rows that cannot
@@ -95,6 +96,8 @@ def make_pool(
     rows = _as_dataset(dataset)
     if not len(rows):
         raise DataError("the pool is empty: the dataset has 0 rows.")
+    if group_column is not None and group_column not in rows.column_names:
+        raise DataError(f"group_column={group_column!r} is not a column of the dataset: {rows.column_names}.")
     chosen_format = row_format or RowFormat()
     encoded = _encode(rows, processing_class, chosen_format)
     lengths, loss_lengths = _measure(encoded, is_causal_lm=chosen_format.is_causal_lm)
@@ -105,8 +108,8 @@ def make_pool(
         lengths=lengths,
         loss_lengths=loss_lengths,
         sources=sources,
-        groups=_names(rows, group_column) or sources,
-        row_hash=row_hashes(rows, columns),
+        groups=_names(rows, group_column or "group") or sources,
+        row_hash=row_hashes(dataset, columns),
     )
 
 
@@ -115,6 +118,12 @@ class PadRows:
     """Collator for rows of token ids: pads on the right, masks the padding, ignores it in the loss."""
 
     pad_token_id: int = 0
+
+    @classmethod
+    def of(cls, processing_class: Any) -> PadRows:
+        """Collator that pads as a tokenizer or processor does; any token will do where there is none."""
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        return cls(getattr(tokenizer, "pad_token_id", None) or 0)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Batch of tensors; scalars are stacked, lists padded to the longest."""
@@ -191,7 +200,9 @@ def _encode_tokenised(row: dict[str, Any], row_format: RowFormat) -> dict[str, A
     length = len(row["input_ids"])
     label = next((row[name] for name in _LABELS if name in row), None)
     if label is None and not any(name in row for name in _SPANS):
-        label = _labels(row["input_ids"], [row[name] for name in _MASKS if name in row])
+        # As in TRL, whose default looks for a prompt column, which tokenised rows do not have.
+        masks = _MASKS if row_format.completion_only_loss else _MASKS[1:]
+        label = _labels(row["input_ids"], [row[name] for name in masks if name in row])
     encoded = {name: value for name, value in row.items() if name not in (*_LABELS, *_MASKS)}
     if label is not None:
         encoded["labels"] = label

@@ -36,6 +36,7 @@ def probe(
     step: int,
     eps: float,
     draw: int = 0,
+    noise: int = 0,
 ) -> Tensor:
     """Losses at ``weights + eps z`` and ``weights - eps z``; the weights themselves stay bitwise as they are.
 
@@ -46,6 +47,7 @@ def probe(
         step: Optimizer step that z belongs to.
         eps: Length of the perturbation along z.
         draw: Which of several directions of the step.
+        noise: Names the random numbers that the model itself may draw, with the step: a batch's index, for instance.
 
     Returns:
         [2] float64: the loss above and the loss below. Their difference over 2 eps estimates z . gradient.
@@ -53,7 +55,7 @@ def probe(
     device = next((p.device for p in weights.parameters.values()), torch.device("cpu"))
 
     def repeatable_loss() -> Tensor:
-        with fixed_noise(family.key("", step, _NOISE), device):
+        with fixed_noise(family.key("", step, _NOISE, noise), device):
             return _wide(loss())
 
     def at(scale: float) -> Tensor:

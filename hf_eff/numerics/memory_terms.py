@@ -9,11 +9,13 @@ widths w (the other sides of the block's matrices added up: queries, keys, value
 
 to which an ungated feed-forward adds nothing and from which it takes i. Blocks below the lowest trained one keep
 nothing. The loss keeps one value per vocabulary entry and token in four bytes. Norm inputs are kept in four bytes too,
-whatever type the rest is computed in.
+whatever type the rest is computed in. Autocast over fp32 weights also keeps a 16-bit copy of every matrix that a
+gradient passes, and one of its input for each matrix that reads it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from hf_eff.contracts.cost import MEMORY_TERMS, BlockFacts, Facts, ModelFacts, RunFacts, TrainableFacts
@@ -21,6 +23,27 @@ from hf_eff.numerics.flops import everything_trains
 
 BlockForm = Literal["frozen", "adapters", "trained"]
 _FLOAT_BYTES = 4.0
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a forward pass stores what it computes.
+
+    Attributes:
+        compute_bytes: Bytes per activation element.
+        casts_weights: Whether weights are kept in four bytes and cast for each matrix product (autocast).
+    """
+
+    compute_bytes: float = 4.0
+    casts_weights: bool = False
+
+    @classmethod
+    def of(cls, model: ModelFacts, run: RunFacts) -> Precision:
+        """Precision of a run. Sixteen-bit weights give sixteen-bit activations, with or without autocast."""
+        full_weights = model.is_quantized or not model.weight_bytes or model.weight_bytes >= 3 * model.params
+        if not full_weights:
+            return cls(min(run.compute_bytes, 2.0))
+        return cls(run.compute_bytes, casts_weights=run.compute_bytes < _FLOAT_BYTES and not model.is_quantized)
 
 
 def training_bytes(
@@ -50,18 +73,17 @@ def training_bytes(
     """
     model, run = facts.model, facts.run
     part = trainable or model.trainable or everything_trains(model)
-    tokens = _tokens(facts)
     backward = saves_activations and part.params > 0
     gradients = part.params if gradient_params is None else gradient_params
     states = part.params if optimizer_params is None else optimizer_params
+    working = _tokens(facts) * _working_bytes(model, Precision.of(model, run), backward=backward)
+    largest = _largest_matrix(model, part) * model.param_bytes if gradients else 0.0
     amounts = (
         model.weight_bytes or model.params * model.param_bytes,
         gradients * model.param_bytes,
         states * run.optimizer_bytes,
         activation_bytes(facts, part) if backward else 0.0,
-        tokens * _working_bytes(model, run, backward=backward)
-        + (_largest_matrix(model, part) * model.param_bytes if gradients else 0.0)
-        + transient_bytes,
+        working + largest + transient_bytes,
     )
     return dict(zip(MEMORY_TERMS, map(float, amounts), strict=True))
 
@@ -73,17 +95,20 @@ def activation_bytes(facts: Facts, trainable: TrainableFacts) -> float:
         facts: Model, run and pool.
         trainable: What receives updates.
     """
-    model, run = facts.model, facts.run
-    per_token = _loss_bytes(model) + _last_norm_bytes(model, run, trainable)
+    model, precision = facts.model, Precision.of(facts.model, facts.run)
+    per_token = _loss_bytes(model) + _last_norm_bytes(model, precision, trainable)
+    cast_entries = model.head_matmul_params
     for index, block in enumerate(model.blocks):
         if index < trainable.lowest_block:
             continue
-        if run.checkpointing:
-            per_token += model.hidden_size * run.compute_bytes
+        if facts.run.checkpointing:
+            per_token += model.hidden_size * (_FLOAT_BYTES if precision.casts_weights else precision.compute_bytes)
         else:
             form, trained = block_form(model, trainable, index), trainable.block_matmul_params[index]
-            per_token += block_bytes_per_token(model, block, form, run.compute_bytes, trained)
-    return _tokens(facts) * per_token
+            per_token += block_bytes_per_token(model, block, form, precision, trained)
+            cast_entries += block.matmul_params + block.cross_matmul_params
+    copies = cast_entries * precision.compute_bytes if precision.casts_weights else 0.0
+    return _tokens(facts) * per_token + copies
 
 
 def block_form(model: ModelFacts, trainable: TrainableFacts, index: int) -> BlockForm:
@@ -97,7 +122,11 @@ def block_form(model: ModelFacts, trainable: TrainableFacts, index: int) -> Bloc
 
 
 def block_bytes_per_token(
-    model: ModelFacts, block: BlockFacts, form: BlockForm, compute_bytes: float = 4.0, adapter_params: int = 0
+    model: ModelFacts,
+    block: BlockFacts,
+    form: BlockForm,
+    precision: Precision = Precision(),
+    adapter_params: int = 0,
 ) -> float:
     """Bytes that autograd keeps of one block for each token.
 
@@ -105,7 +134,7 @@ def block_bytes_per_token(
         model: Shapes of the model.
         block: The block.
         form: What of it trains.
-        compute_bytes: Bytes per activation element.
+        precision: How activations are stored.
         adapter_params: Entries of the adapters among the block's matrices.
 
     >>> block = BlockFacts(params=3540096, matmul_params=3538944, attention_width=576)
@@ -126,15 +155,20 @@ def block_bytes_per_token(
     entries = block.matmul_params + block.cross_matmul_params
     base = entries - adapter_params if form == "adapters" else entries
     widths = base / hidden if hidden else 0.0
-    norms = 3 if block.cross_width else 2
-    elements = widths if _is_gated(model, block, base) else widths - inner
+    gated, norms = _is_gated(model, block, base), 3 if block.cross_width else 2
+    elements = widths if gated else widths - inner
+    float_elements = norms * hidden  # norm inputs
     if form != "frozen":
         elements += inner + norms * hidden  # input of the last matrix; inputs of the first ones after each norm
-    if form == "trained":
-        elements += norms * hidden  # normalised states, for the norms' weights
+        if precision.casts_weights:
+            elements += (3 if gated else 2) * hidden  # a copy each for queries, keys, values, gate and input
+    if form == "trained" and precision.casts_weights:
+        float_elements += norms * hidden  # normalised states, for the norms' weights
+    elif form == "trained":
+        elements += norms * hidden
     if model.dropout > 0 and not model.is_peft:
         elements += norms * hidden  # masks of the residual dropouts
-    return norms * hidden * _FLOAT_BYTES + elements * compute_bytes
+    return float_elements * _FLOAT_BYTES + elements * precision.compute_bytes
 
 
 def _is_gated(model: ModelFacts, block: BlockFacts, entries: float) -> bool:
@@ -156,18 +190,18 @@ def _loss_bytes(model: ModelFacts) -> float:
     return _outputs(model) * _FLOAT_BYTES
 
 
-def _last_norm_bytes(model: ModelFacts, run: RunFacts, trainable: TrainableFacts) -> float:
+def _last_norm_bytes(model: ModelFacts, precision: Precision, trainable: TrainableFacts) -> float:
     """The norm before the head: its input, and where the head trains its two outputs."""
     kept = model.hidden_size * _FLOAT_BYTES if trainable.lowest_block < len(model.blocks) else 0.0
-    return kept + (2 * model.hidden_size * run.compute_bytes if trainable.head_matmul_params else 0.0)
+    return kept + (2 * model.hidden_size * precision.compute_bytes if trainable.head_matmul_params else 0.0)
 
 
-def _working_bytes(model: ModelFacts, run: RunFacts, *, backward: bool) -> float:
+def _working_bytes(model: ModelFacts, precision: Precision, *, backward: bool) -> float:
     """Bytes per token held for a moment: logits in both types, their gradient, and one block at work."""
-    cast = 0.0 if run.compute_bytes >= _FLOAT_BYTES else run.compute_bytes
-    logits = _outputs(model) * (run.compute_bytes + _FLOAT_BYTES + (cast if backward else 0.0))
-    widest = max((block_bytes_per_token(model, each, "trained", run.compute_bytes) for each in model.blocks), default=0)
-    return logits + widest
+    size = precision.compute_bytes
+    cast = size if backward and size < _FLOAT_BYTES else 0.0
+    widest = max((block_bytes_per_token(model, each, "trained", precision) for each in model.blocks), default=0.0)
+    return _outputs(model) * (size + _FLOAT_BYTES + cast) + widest
 
 
 def _largest_matrix(model: ModelFacts, trainable: TrainableFacts) -> float:

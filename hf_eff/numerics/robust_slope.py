@@ -25,8 +25,6 @@ def robust_slope(x: ArrayLike, y: ArrayLike, window: int) -> float:
     Raises:
         DataError: The vectors differ in shape, or no two of the points used differ in position.
 
-    >>> robust_slope([0, 1, 2, 3], [0, 2, 4, 100], window=4)
-    17.0
     >>> robust_slope([0, 1, 2, 3, 4], [0, 2, 4, 6, 100], window=5)
     2.0
     """

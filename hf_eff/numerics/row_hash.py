@@ -48,7 +48,7 @@ def row_hashes(rows: Any, columns: Sequence[str] | None = None) -> list[str]:
         DataError: A column holds images, audio, video or another type without a canonical form.
     """
     if not hasattr(rows, "with_format"):
-        return [row_hash(row, columns) for row in rows]
+        return [row_hash(rows[i], columns) for i in range(len(rows))]
     names = sorted(rows.column_names if columns is None else columns)
     for name in names:
         if _is_media(rows.features[name]):

@@ -14,21 +14,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from tqdm.auto import tqdm
+
 from hf_eff import hub, manifest
 from hf_eff.contracts.budget import Budget
+from hf_eff.contracts.memory import BatchShape
 from hf_eff.contracts.selection import SelectionContext
 from hf_eff.contracts.spec import MethodConfig, MethodSpec
+from hf_eff.engines.facts import model_facts
 from hf_eff.engines.pooling import PadRows, RowFormat, make_pool
 from hf_eff.errors import DataError, ManifestError, NoEffectWarning, OptionError, PlanError
+from hf_eff.hardware.ledger import Ledger
 from hf_eff.manifest import MANIFEST, read_manifest
 from hf_eff.manifest.card import FOLDER, dataset_card
 from hf_eff.manifest.provenance import check_picks, describe_dataset, describe_scorer, selection_fields
+from hf_eff.numerics.flops import forward_flops
 from hf_eff.registry import require, resolve
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from hf_eff.hardware.ledger import Ledger
 
 __all__ = [
     "PadRows",
@@ -96,11 +101,10 @@ class Selection(manifest.Selection):
         with tempfile.TemporaryDirectory() as folder:
             root = hub.pull_folder(str(repo_id), folder, patterns=[pattern], revision=revision, token=token)
             names = sorted(path.parent.name for path in root.glob(f"{FOLDER}/*/{MANIFEST}"))
-            if len(names) != 1:
-                held = (
-                    f"holds the selections {names}; pass name=" if names else f"holds no selection {name or ''}".strip()
-                )
-                raise ManifestError(f"dataset {str(repo_id)!r} {held}.")
+            if not names:
+                raise ManifestError(f"dataset {str(repo_id)!r} holds no selection{f' {name!r}' if name else ''}.")
+            if len(names) > 1:
+                raise ManifestError(f"dataset {str(repo_id)!r} holds the selections {names}; pass name=.")
             return cls.load(root / FOLDER / names[0])
 
 
@@ -138,8 +142,8 @@ def select_dataset(
         DataError: The pool or the target is empty or unreadable, smaller than asked for, or the
             method needs something that is not given.
     """
-    driver = {name: options.pop(name) for name in _DRIVER_OPTIONS if name in options}
     spec = pool_method(method)
+    driver = _driver_options(options, spec)
     config = spec.config.from_dict(options)
     _check_given(spec, model, target)
     scoring = _scoring_fields(model)
@@ -147,12 +151,12 @@ def select_dataset(
     columns, row_ids = driver.pop("columns", None), _row_ids(pool, driver.pop("id_column", None))
     make = functools.partial(make_pool, processing_class=processing_class, row_format=row_format)
     candidates = make(pool, columns=columns, source_column=getattr(config, "source_column", "source"))
-    ledger = _ledger(budget)
+    ledger = Ledger(Budget.parse(budget))
     context = SelectionContext(
         pool=candidates,
-        reference=None if target is None else make(target),
-        collate=PadRows(getattr(processing_class, "pad_token_id", None) or 0),
-        generator=_seeded(seed),
+        reference=None if target is None else make(target, group_column=getattr(config, "group_column", None)),
+        collate=PadRows.of(processing_class),
+        generator=torch.Generator().manual_seed(seed),
         seed=seed,
         store_dir=None if output_dir is None else Path(output_dir) / "store",
         spend=_spend(ledger),
@@ -160,15 +164,10 @@ def select_dataset(
         **scoring,
         **driver,
     )
+    facts = describe_dataset(pool, candidates, columns)
+    scorer = describe_scorer(model, processing_class, row_format.max_length)
     with ledger.clock("select"):
-        selection = run_selection(
-            spec,
-            config,
-            context,
-            dataset_facts=describe_dataset(pool, candidates, columns),
-            scorer=describe_scorer(model, processing_class, row_format.max_length),
-            row_ids=row_ids,
-        )
+        selection = run_selection(spec, config, context, dataset_facts=facts, scorer=scorer, row_ids=row_ids)
     if output_dir is not None:
         selection.save(output_dir)
     return selection
@@ -256,7 +255,7 @@ def load_selected(dataset: Any, selection: Any, *, name: str | None = None, toke
     Raises:
         OptionError: No dataset is given and the manifest names none.
     """
-    if not isinstance(selection, Selection):
+    if not isinstance(selection, manifest.Selection):
         selection = Selection.from_pretrained(selection, name, token=token)
     about = selection.manifest["dataset"]
     if dataset is None:
@@ -295,20 +294,16 @@ def _check_needs(spec: MethodSpec, context: SelectionContext) -> None:
         raise DataError(f"none of the {len(context.reference)} target rows has a token that carries loss.")
 
 
-def _seeded(seed: int) -> Any:
-    import torch
-
-    return torch.Generator().manual_seed(seed)
+def _driver_options(options: dict[str, Any], spec: MethodSpec) -> dict[str, Any]:
+    """Take out of ``options`` what the driver reads; an option of the same name belongs to the method."""
+    own = {field.name for field in dataclasses.fields(spec.config)}
+    return {name: options.pop(name) for name in _DRIVER_OPTIONS if name in options and name not in own}
 
 
 def _scoring_fields(model: Any) -> dict[str, Any]:
     """Fields of the context that follow from the model."""
     if model is None:
         return {}
-    from hf_eff.contracts.memory import BatchShape
-    from hf_eff.engines.facts import model_facts
-    from hf_eff.numerics.flops import forward_flops
-
     facts = model_facts(model)
     return {
         "model": model,
@@ -326,12 +321,6 @@ def _row_ids(pool: Any, column: str | None) -> list[str] | None:
     return [str(value) for value in pool[column]]
 
 
-def _ledger(budget: str | Budget | None) -> Ledger:
-    from hf_eff.hardware.ledger import Ledger
-
-    return Ledger(Budget.parse(budget))
-
-
 def _spend(ledger: Ledger) -> Callable[[float, float], None]:
     def spend(flops: float, tokens: float) -> None:
         ledger.require({"flops": flops, "tokens": tokens}, "the next scoring batch")
@@ -341,8 +330,6 @@ def _spend(ledger: Ledger) -> Callable[[float, float], None]:
 
 
 def _progress(iterable: Iterable[Any], total: int | None = None, description: str = "") -> Iterable[Any]:
-    from tqdm.auto import tqdm
-
     # disable=None: silent where nobody watches.
     return tqdm(iterable, total=total, desc=description, disable=None)
 

@@ -58,5 +58,5 @@ SPEC = MethodSpec(
     config=AllConfig,
     build=All,
     cost=cost,
-    traits=Traits(baseline=True, deterministic=True),
+    traits=Traits(baseline=True, streaming=True),
 )

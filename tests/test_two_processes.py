@@ -1,0 +1,55 @@
+"""Two processes over gloo: ranks agree and weights move, or the plan refuses. One launch for all methods."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_eff.contracts.spec import KINDS
+from hf_eff.registry import get_method, list_methods
+from hf_eff.testing.toys import half
+
+pytestmark = pytest.mark.distributed
+WORKER = Path(__file__).parent / "workers" / "two_ranks.py"
+SPECS = [get_method(kind, name) for kind in KINDS for name in list_methods(kind)]
+TRAINERS = ("trainer", "sft")
+TRAINS = [(spec, trainer) for spec in SPECS if spec.traits.ddp for trainer in TRAINERS]
+REFUSED = [(spec, trainer) for spec in SPECS if not spec.traits.ddp for trainer in TRAINERS]
+
+
+def _id(value):
+    return value if isinstance(value, str) else f"{value.kind}={value.name}"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, str(WORKER), str(folder)], capture_output=True, text=True, check=False, timeout=570
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.parametrize(("spec", "trainer"), TRAINS, ids=_id)
+def test_ranks_agree(found, spec, trainer):
+    result = found[f"{spec.kind}={spec.name}-{trainer}"]
+    assert "refused" not in result, result["refused"]
+    assert result["world_size"] == 2
+    for part in ("steps", "weights", "spent", "selection"):
+        assert result[part][0] == result[part][1], part
+    assert result["steps"][0] == 3
+    assert result["weights"][0] != result["before"]
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_what_cannot_run_on_two_is_refused_by_name(found, trainer):
+    assert half.SPEC.address in found[f"{half.SPEC.kind}={half.SPEC.name}-{trainer}"]["refused"]
+
+
+@pytest.mark.parametrize(("spec", "trainer"), REFUSED, ids=_id)
+def test_refused_by_name(found, spec, trainer):
+    assert spec.address in found[f"{spec.kind}={spec.name}-{trainer}"]["refused"]
