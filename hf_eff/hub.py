@@ -43,7 +43,7 @@ def push_folder(
     that of two concurrent pushes one fails instead of undoing the other.
 
     Args:
-        folder: Files to send, with their paths relative to it; hidden files stay.
+        folder: Files to send, with their paths relative to it; hidden files and links stay.
         repo_id: Such as ``"user/name"``; created when it does not exist.
         repo_type: ``"model"`` or ``"dataset"``.
         message: Title of the commit.
@@ -57,7 +57,7 @@ def push_folder(
         HubError: The folder has no files, the Hub cannot be reached or refuses, or what it holds
             after the commit is not what was sent.
     """
-    files = _files(Path(folder))
+    files = {name: path for name, path in _files(Path(folder)).items() if not path.is_symlink()}
     if not files:
         raise HubError(f"{folder} holds no files to push.")
     with _clear_errors(f"pushing to {repo_type} {repo_id!r}", token):

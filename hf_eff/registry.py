@@ -12,7 +12,8 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
-from hf_eff.contracts.spec import KINDS, MethodSpec
+from hf_eff.contracts.cost import Cost, Facts
+from hf_eff.contracts.spec import KINDS, MethodConfig, MethodSpec
 from hf_eff.errors import OptionError, UnknownMethodError
 
 _ROOT = Path(__file__).parent
@@ -72,16 +73,47 @@ def resolve(kind: str, names: str) -> list[MethodSpec]:
     return [get_method(kind, part) for part in parts]
 
 
-def register_method(spec: MethodSpec, *, replace: bool = False) -> MethodSpec:
-    """Register a SPEC for this process, as a plain call or as ``@method(...)`` does.
+def register_method(spec: MethodSpec | None = None, *, replace: bool = False, **facts: Any) -> Any:
+    """Register a method for this process: a SPEC, or as a decorator the class below it.
+
+    The decorator takes the fields of ``MethodSpec`` but ``build``, which is the class itself, called
+    with its options; ``config`` and ``cost`` may be left out::
+
+        @register_method(kind="selection", name="shortest", slot="pool", summary="Short rows first.")
+        class Shortest:
+            def __init__(self, config): ...
+            def select(self, context): ...
+
+    Args:
+        spec: What to register; None to use as a decorator.
+        replace: Whether a taken name is replaced.
+        facts: Fields of the SPEC, for the decorator.
+
+    Returns:
+        The SPEC, or the decorator, which returns the class unchanged.
 
     Raises:
-        OptionError: The name is taken and ``replace`` is false.
+        OptionError: The name is taken and ``replace`` is false, or a SPEC contradicts itself.
     """
-    if not replace and spec.name in _names(spec.kind):
-        raise OptionError(f"{spec.address} is already registered at {origin(spec.kind, spec.name)}; pass replace=True.")
-    _registered[spec.kind, spec.name] = spec
-    return spec
+    if spec is not None:
+        if not replace and spec.name in _names(spec.kind):
+            raise OptionError(
+                f"{spec.address} is already registered at {origin(spec.kind, spec.name)}; pass replace=True."
+            )
+        _registered[spec.kind, spec.name] = spec
+        return spec
+
+    def decorate(method: type) -> type:
+        defaults: dict[str, Any] = {"config": MethodConfig, "cost": _costs_nothing, "status": "experimental"}
+        register_method(MethodSpec(**{**defaults, **facts, "build": method}), replace=replace)
+        return method
+
+    return decorate
+
+
+def _costs_nothing(config: MethodConfig, facts: Facts) -> Cost:
+    """Stands in where a method registered in passing says nothing about its cost."""
+    return Cost()
 
 
 def unregister_method(kind: str, name: str) -> None:

@@ -32,18 +32,22 @@ class Precision:
     Attributes:
         compute_bytes: Bytes per activation element.
         casts_weights: Whether weights are kept in four bytes and cast for each matrix product (autocast).
+        adapter_bytes: Bytes per element of the copy of its input that each adapter takes because it has another type
+            than its 16-bit base; 0 when it reads the base's own.
     """
 
     compute_bytes: float = 4.0
     casts_weights: bool = False
+    adapter_bytes: float = 0.0
 
     @classmethod
     def of(cls, model: ModelFacts, run: RunFacts) -> Precision:
         """Precision of a run. Sixteen-bit weights give sixteen-bit activations, with or without autocast."""
-        full_weights = model.is_quantized or not model.weight_bytes or model.weight_bytes >= 3 * model.params
-        if not full_weights:
-            return cls(min(run.compute_bytes, 2.0))
-        return cls(run.compute_bytes, casts_weights=run.compute_bytes < _FLOAT_BYTES and not model.is_quantized)
+        autocast = run.compute_bytes < _FLOAT_BYTES
+        if model.is_quantized or not model.weight_bytes or model.weight_bytes >= 3 * model.params:
+            return cls(run.compute_bytes, casts_weights=autocast and not model.is_quantized)
+        mixed = model.is_peft and model.param_bytes >= _FLOAT_BYTES
+        return cls(2.0, adapter_bytes=(2.0 if autocast else _FLOAT_BYTES) if mixed else 0.0)
 
 
 def training_bytes(
@@ -68,7 +72,7 @@ def training_bytes(
 
     Returns:
         Bytes by term, keys of ``MEMORY_TERMS``. ``rest`` holds copies of the logits and their gradient, the working
-        set of one block, and one copy of the largest gradient. Memory that an allocator keeps but does not use is not
+        set of one block with its gradients, and one copy of the largest gradient. Memory that an allocator keeps but does not use is not
         in it.
     """
     model, run = facts.model, facts.run
@@ -152,23 +156,25 @@ def block_bytes_per_token(
     [21.8, 14.2]
     """
     hidden, inner = model.hidden_size, model.intermediate_size
-    entries = block.matmul_params + block.cross_matmul_params
-    base = entries - adapter_params if form == "adapters" else entries
-    widths = base / hidden if hidden else 0.0
-    gated, norms = _is_gated(model, block, base), 3 if block.cross_width else 2
+    entries = block.matmul_params + block.cross_matmul_params - (adapter_params if form == "adapters" else 0)
+    gated, norms = _is_gated(model, block, entries), 3 if block.cross_width else 2
+    widths = entries / hidden if hidden else 0.0
+    floats = norms * hidden * _FLOAT_BYTES  # norm inputs
     elements = widths if gated else widths - inner
-    float_elements = norms * hidden  # norm inputs
+    readers = 5 if gated else 4  # matrices that read a normalised state: queries, keys, values, gate, input
     if form != "frozen":
-        elements += inner + norms * hidden  # input of the last matrix; inputs of the first ones after each norm
-        if precision.casts_weights:
-            elements += (3 if gated else 2) * hidden  # a copy each for queries, keys, values, gate and input
-    if form == "trained" and precision.casts_weights:
-        float_elements += norms * hidden  # normalised states, for the norms' weights
-    elif form == "trained":
-        elements += norms * hidden
+        elements += inner + (norms + readers - 2 if precision.casts_weights else norms) * hidden
+    if form == "adapters":
+        matrices = readers + 2
+        elements += adapter_params * matrices / max(1.0, matrices * hidden + widths)  # the inner adapters' outputs
+        if precision.adapter_bytes:
+            elements -= inner + norms * hidden
+            floats += (readers * hidden + block.attention_width + inner) * precision.adapter_bytes
+    if form == "trained":
+        floats += norms * hidden * (_FLOAT_BYTES if precision.casts_weights else precision.compute_bytes)
     if model.dropout > 0 and not model.is_peft:
         elements += norms * hidden  # masks of the residual dropouts
-    return float_elements * _FLOAT_BYTES + elements * precision.compute_bytes
+    return floats + elements * precision.compute_bytes
 
 
 def _is_gated(model: ModelFacts, block: BlockFacts, entries: float) -> bool:
@@ -197,11 +203,11 @@ def _last_norm_bytes(model: ModelFacts, precision: Precision, trainable: Trainab
 
 
 def _working_bytes(model: ModelFacts, precision: Precision, *, backward: bool) -> float:
-    """Bytes per token held for a moment: logits in both types, their gradient, and one block at work."""
+    """Bytes per token held for a moment: logits in both types, their gradient, and one block with its gradients."""
     size = precision.compute_bytes
     cast = size if backward and size < _FLOAT_BYTES else 0.0
     widest = max((block_bytes_per_token(model, each, "trained", precision) for each in model.blocks), default=0.0)
-    return _outputs(model) * (size + _FLOAT_BYTES + cast) + widest
+    return _outputs(model) * (size + _FLOAT_BYTES + cast) + (2.0 if backward else 1.0) * widest
 
 
 def _largest_matrix(model: ModelFacts, trainable: TrainableFacts) -> float:

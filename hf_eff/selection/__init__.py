@@ -316,9 +316,10 @@ def _scoring_fields(model: Any) -> dict[str, Any]:
 def _row_ids(pool: Any, column: str | None) -> list[str] | None:
     if column is None:
         return None
-    if column not in pool.column_names:
-        raise DataError(f"id_column={column!r} is not a column of the pool: {pool.column_names}.")
-    return [str(value) for value in pool[column]]
+    names = getattr(pool, "column_names", None)
+    if column not in (names or list(pool[0])):
+        raise DataError(f"id_column={column!r} is not a column of the pool: {names or list(pool[0])}.")
+    return [str(value) for value in (pool[column] if names else (row[column] for row in pool))]
 
 
 def _spend(ledger: Ledger) -> Callable[[float, float], None]:

@@ -159,6 +159,7 @@ def test_families_are_listed_by_name():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @BOTH
 def test_accelerator_draws_the_same_direction_again(family):
     device = torch.device("cuda")
