@@ -16,6 +16,7 @@ _HOME = {
     "ZOTrainer": "hf_eff.trainer",
     "BudgetedTrainerMixin": "hf_eff.trainer",
     "BudgetedTrainingArguments": "hf_eff.arguments",
+    "BudgetedArguments": "hf_eff.arguments",
     "BudgetedSFTTrainer": "hf_eff.sft",
     "BlockwiseSFTTrainer": "hf_eff.sft",
     "ZOSFTTrainer": "hf_eff.sft",

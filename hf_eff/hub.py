@@ -168,10 +168,12 @@ def _clear_errors(doing: str, token: str | None) -> Iterator[None]:
         raise HubError(f"{doing} needs the network, but HF_HUB_OFFLINE is set; unset it or use local files.") from None
     except refusals as error:
         # from None: the client's own exception may quote request headers.
-        raise HubError(f"{doing} failed: {_masked(str(error), token).strip() or type(error).__name__}") from None
+        raise HubError(f"{doing} failed: {_masked(str(error), token) or type(error).__name__}") from None
 
 
 def _masked(text: str, token: str | None) -> str:
+    """One line without access tokens and without credentials in addresses."""
+    text = " ".join(text.split())
     if token:
         text = text.replace(token, "***")
     return _USERINFO.sub("***@", _TOKEN.sub(r"\1_***", text))

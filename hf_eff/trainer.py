@@ -176,7 +176,8 @@ class BudgetedTrainerMixin:
         """End the loop; where checkpoints are kept, keep this state too, as transformers does at the end."""
         self.control.should_training_stop = True
         step, folder = self.state.global_step, Path(self.args.output_dir)
-        saved = is_complete(folder / f"checkpoint-{step}")
+        # The first rank's view: saving is collective, and other nodes may see another disk.
+        saved = self.budgeted_run.ranks.broadcast(is_complete(folder / f"checkpoint-{step}"))
         if self.args.save_strategy == "steps" and step > 0 and not saved:
             self.control.should_save = True
 

@@ -18,8 +18,14 @@ ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "transformers", "datasets", "huggingface_hub", "trl", "peft", "accelerate", "numpy", "pyarrow")
 METHODS = [(kind, name) for kind in KINDS for name in list_methods(kind)]
 
-# One importer today, kept apart because the concept stands alone. A second importer makes the line superfluous.
-LONE_MODULES: dict[str, str] = {}
+# One user today, kept apart because each is a concept with tests of its own. A second user makes its line superfluous.
+LONE_MODULES = {
+    "hf_eff.numerics.adam_direction": "what an Adam step would do to one gradient; tested against torch's own step",
+    "hf_eff.numerics.curves": "Bayesian average over curve families; tested against closed forms",
+    "hf_eff.numerics.robust_slope": "Theil-Sen with its interval; tested against brute force",
+    "hf_eff.numerics.trainable_blocks": "what a backward through some blocks costs; tested against counted FLOPs",
+    "hf_eff.numerics.water_filling": "even allocation over bins; tested against brute force",
+}
 
 
 def _run(code):
@@ -141,7 +147,7 @@ def test_options_are_frozen():
 
 def test_public_names_are_frozen():
     assert set(hf_eff.__all__) == {
-        *("BudgetedTrainer", "BlockwiseTrainer", "ZOTrainer", "BudgetedTrainingArguments"),
+        *("BudgetedTrainer", "BlockwiseTrainer", "ZOTrainer", "BudgetedTrainingArguments", "BudgetedArguments"),
         *("BudgetedSFTTrainer", "BlockwiseSFTTrainer", "ZOSFTTrainer", "BudgetedSFTConfig"),
         *("BudgetedTrainerMixin", "GovernorCallback"),
         *("list_methods", "get_method", "method_card", "register_method"),

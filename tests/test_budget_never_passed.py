@@ -146,7 +146,9 @@ def test_kept_across_a_resume(tmp_path, share):
     full = trial.whole().spent
     for currency, unit in (("flops", "flop"), ("tokens", "tok")):
         limit = share * full[currency]
-        cut = Trial(trial.spec, tmp_path / currency, accumulation=2, max_steps=12, arguments={"budget": f"{limit!r}{unit}"})
+        cut = Trial(
+            trial.spec, tmp_path / currency, accumulation=2, max_steps=12, arguments={"budget": f"{limit!r}{unit}"}
+        )
         whole = cut.whole()
         assert 0 < whole.steps < 12
         assert 0.5 * limit < whole.spent[currency] <= limit

@@ -24,9 +24,7 @@ COMMON = {
 
 def make(folder, callback, **options):
     args = TrainingArguments(output_dir=str(folder), **{**COMMON, **options})
-    return Trainer(
-        tiny_model(2, 32), args, collator(), train_dataset=tokenised(tiny_pool(24)), callbacks=[callback]
-    )
+    return Trainer(tiny_model(2, 32), args, collator(), train_dataset=tokenised(tiny_pool(24)), callbacks=[callback])
 
 
 def test_spending_is_the_closed_form_over_the_batches_seen(tmp_path):

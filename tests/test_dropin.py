@@ -216,7 +216,10 @@ def custom_collator_and_loss(bench):
 
     def longer(rows):
         batch = pad(rows)
-        return {key: torch.nn.functional.pad(value, (0, 3), value=-100 if key == "labels" else 0) for key, value in batch.items()}
+        return {
+            key: torch.nn.functional.pad(value, (0, 3), value=-100 if key == "labels" else 0)
+            for key, value in batch.items()
+        }
 
     trainer = bench.trainer(data_collator=longer)
     trainer.train()
@@ -251,7 +254,9 @@ def resumed(bench):
 
 
 def bert_classifier(bench):
-    config = BertConfig(vocab_size=262, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    config = BertConfig(
+        vocab_size=262, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = BertForSequenceClassification(config)

@@ -65,7 +65,9 @@ def test_peak_above_the_cap_is_refused(facts):
 
 
 def test_memory_methods_hold_less_than_full_training(facts):
-    large = tiny_config(layers=12, width=512, intermediate_size=2048, vocab_size=32000)  # fixed scratch is no matter here
+    large = tiny_config(
+        layers=12, width=512, intermediate_size=2048, vocab_size=32000
+    )  # fixed scratch is no matter here
     facts = facts.replace(model=model_facts_from_config(large))
     peaks = {name: make_plan(EffOptions(memory=name), facts).peak_bytes for name in ("full", "badam", "mezo")}
     assert peaks["full"] > peaks["badam"] > peaks["mezo"]

@@ -141,8 +141,6 @@ def test_observe_changes_no_bit(tmp_path):
     assert any(record["kind"] == "decision" for record in log)
 
 
-
-
 @pytest.fixture
 def stopping_governor():
     from hf_eff.contracts.cost import Cost
@@ -275,7 +273,12 @@ def test_sft_selects_users_rows_before_packing(tmp_path):
 
 
 def test_a_changed_dataset_is_refused_on_resume(tmp_path):
-    options = {"selection": "random", "selection_kwargs": {"num_examples": 12}, "save_strategy": "steps", "save_steps": 2}
+    options = {
+        "selection": "random",
+        "selection_kwargs": {"num_examples": 12},
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
     make(tmp_path, **options).train()
     rows = tokenised(tiny_pool(24)).to_list()
     for row in rows:
@@ -332,7 +335,9 @@ def test_run_folder_holds_the_whole_story(tmp_path):
     assert {"plan.json", "selection", "governor.jsonl", "report.json", "report.md", "README.md"} <= names
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["memory"]["weights"]["measured"] == pytest.approx(report["memory"]["weights"]["predicted"], rel=0.02)
-    assert report["memory"]["optimizer"]["measured"] == pytest.approx(report["memory"]["optimizer"]["predicted"], rel=0.02)
+    assert report["memory"]["optimizer"]["measured"] == pytest.approx(
+        report["memory"]["optimizer"]["predicted"], rel=0.02
+    )
     assert report["currencies"]["flops"]["measured"] == trainer.ledger.spent()["flops"]
     assert report["currencies"]["kwh"]["measured"] is None or report["currencies"]["kwh"]["measured"] > 0
 

@@ -150,6 +150,7 @@ def compare(options: argparse.Namespace, size: Size, rows: Rows, folder: Path) -
             "warmup_epochs": size.checkpoints,
             "warmup_fraction": 0.1,
             "dtype": "bfloat16",
+            "gradient_tokens": 2048,
         },
         "governor": "marginal_gain",
         "governor_kwargs": {"num_examples": min(len(rows.target), 32), "probe_share": 0.1},

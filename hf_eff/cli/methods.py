@@ -29,7 +29,7 @@ def run(argv: Sequence[str]) -> int:
     if name is not None:
         _print_card(kind, name, as_json=options.json)
         return 0
-    listing = {each: summaries(each) for each in ([kind] if kind else KINDS)}
+    listing = {each: _sentences(each) for each in ([kind] if kind else KINDS)}
     if options.json:
         print(json.dumps(listing, indent=2))
     elif options.markdown:
@@ -37,6 +37,10 @@ def run(argv: Sequence[str]) -> int:
     else:
         print(_text(listing))
     return 0
+
+
+def _sentences(kind: str) -> dict[str, str]:
+    return {name: line[:1].upper() + line[1:] for name, line in summaries(kind).items()}
 
 
 def _kind_of(name: str) -> str:

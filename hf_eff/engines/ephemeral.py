@@ -120,7 +120,7 @@ class EphemeralWeights:
                 if name in stored:
                     self.parameters[name].data = stored.pop(name)
             # Autocast keeps 16-bit copies of weights by identity: stale once the weight is another one.
-            pass
+            torch.clear_autocast_cache()
 
         try:
             swap(self._resident)

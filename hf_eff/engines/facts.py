@@ -231,25 +231,28 @@ def batch_shape(inputs: Mapping[str, Any], facts: ModelFacts) -> BatchShape:
     raise DataError("A batch for an encoder-decoder model needs labels or decoder_input_ids.")
 
 
-def token_counts(inputs: Mapping[str, Any], is_causal_lm: bool) -> dict[str, int]:
+def token_counts(inputs: Mapping[str, Any], is_causal_lm: bool, *, is_encoder_decoder: bool = False) -> dict[str, int]:
     """Tokens of a micro-batch.
 
     Args:
         inputs: Batch as for ``batch_shape``.
         is_causal_lm: Whether the loss compares each label with the position before it.
+        is_encoder_decoder: Whether the model makes decoder inputs from ``labels`` where the batch has none.
 
     Returns:
-        ``paid``: all positions, padding included, of the encoder and, where given, the decoder inputs. ``useful``:
-        the same without padding. ``loss``: labels that carry loss.
+        ``paid``: all positions, padding included, of the input and of the decoder's input. ``useful``: the same
+        without padding. ``loss``: labels that carry loss.
     """
     rows, length = _rows_and_length(inputs)
-    labels, target = inputs.get("labels"), inputs.get("decoder_input_ids")
-    paid, mask = rows * length, inputs.get("attention_mask")
+    labels, mask = inputs.get("labels"), inputs.get("attention_mask")
+    paid = rows * length
     useful = int((mask != 0).sum()) if isinstance(mask, torch.Tensor) and mask.numel() == paid else paid
+    target, target_mask = inputs.get("decoder_input_ids"), inputs.get("decoder_attention_mask")
+    if target is None and is_encoder_decoder and isinstance(labels, torch.Tensor):
+        target, target_mask = labels, labels != -100
     if isinstance(target, torch.Tensor):
-        target_mask = inputs.get("decoder_attention_mask")
         paid += target.numel()
-        useful += int(target_mask.sum()) if isinstance(target_mask, torch.Tensor) else target.numel()
+        useful += int((target_mask != 0).sum()) if isinstance(target_mask, torch.Tensor) else target.numel()
     loss = 0
     if isinstance(labels, torch.Tensor):
         counted = labels[..., 1:] if is_causal_lm and labels.dim() >= 2 else labels

@@ -83,15 +83,16 @@ def _holds_parameters(module: nn.Module) -> bool:
 
 def _longest(lists: list[tuple[str, nn.ModuleList]]) -> tuple[str, nn.ModuleList] | None:
     """The longest list whose entries share a class; without such a list (hybrid models), the longest."""
+    if len(lists) < 2:
+        return lists[0] if lists else None
     alike = [each for each in lists if len({type(entry) for entry in each[1]}) == 1]
 
     def size(each: tuple[str, nn.ModuleList]) -> tuple[int, int]:
         return len(each[1]), sum(parameter.numel() for parameter in each[1].parameters())
 
     # A hybrid model's own stack is longer than any uniform list beside it, such as a convolution front end.
-    longest = max(lists, key=size, default=None)
-    uniform = max(alike, key=size, default=None)
-    if longest is None or uniform is None or len(longest[1]) > 2 * len(uniform[1]):
+    longest, uniform = max(lists, key=size), max(alike, key=size, default=None)
+    if uniform is None or len(longest[1]) > 2 * len(uniform[1]):
         return longest
     return uniform
 

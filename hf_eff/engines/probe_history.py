@@ -182,10 +182,12 @@ class ProbeHistory:
     def _mark_surprise(self, telemetry: Telemetry) -> None:
         """Forget the past when two probes in a row lie far from what the probes before them predict."""
         columns = self._columns
-        if self.since_break <= FEWEST_PROBES:
+        # A surprising probe must not inform the prediction that its successor is held against.
+        known = len(self) - 1 - columns.surprises
+        if known - columns.break_at < FEWEST_PROBES:
             return
         x, _ = self._axis(telemetry)
-        mean, sd = self._fit(x[:-1]).predict(float(x[-1]))
+        mean, sd = self._fit(x[:known]).predict(float(x[-1]))
         columns.surprises = columns.surprises + 1 if abs(columns.level[-1] - mean) > SURPRISE_SD * sd else 0
         if columns.surprises == 2:
             self._break(len(self) - 2, 0.0)

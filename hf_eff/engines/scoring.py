@@ -169,7 +169,7 @@ def pool_batches(
             raise ScoringStoppedError(f"{description}: stopped on request before all rows were scored.")
         positions = valid[local]
         batch = context.collate([pool.rows[int(i)] for i in positions])
-        width = _padded_length(batch, default=int(pool.lengths[positions].max()))
+        width = _padded_length(batch, context.model) or int(pool.lengths[positions].max())
         context.spend(context.forward_flops(len(positions), width), float(len(positions) * width))
         yield positions, {key: _to_device(value, context.device) for key, value in batch.items()}
 
@@ -259,9 +259,11 @@ def _losses_row_by_row(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tens
     return stacked, torch.isfinite(stacked).long()
 
 
-def _padded_length(batch: Mapping[str, Any], default: int) -> int:
-    ids = batch.get("input_ids")
-    return int(ids.shape[1]) if isinstance(ids, Tensor) and ids.dim() == 2 else default
+def _padded_length(batch: Mapping[str, Any], model: Any) -> int:
+    """Tokens of one row of the batch as it is computed, encoder and decoder together; 0 without token ids."""
+    two_stacks = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    parts = [batch.get(name) for name in ("input_ids", *(["labels"] if two_stacks else []))]
+    return sum(int(part.shape[1]) for part in parts if isinstance(part, Tensor) and part.dim() == 2)
 
 
 def _to_device(value: Any, device: Any) -> Any:

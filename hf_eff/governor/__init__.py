@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_eff.contracts.governor import Decision, Governor
+from hf_eff.engines.decision_log import GovernorLog, LoggedDecision, plain
 from hf_eff.errors import OptionError
-from hf_eff.governor._log import GovernorLog, LoggedDecision, plain
 
 __all__ = ["MODES", "Difference", "GovernorLog", "LoggedDecision", "compare", "effective", "replay"]
 

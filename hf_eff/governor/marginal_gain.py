@@ -107,7 +107,7 @@ class MarginalGain(Governor):
             return False
         if self._last_probe is None:
             return True
-        since_start = telemetry.compute - self._history.start if len(self._history) else 0.0
+        since_start = self._last_probe - self._history.start if len(self._history) else 0.0
         return telemetry.compute >= self._last_probe + _probe_gap(self.config, since_start, limit, probe_cost)
 
     def observe(self, telemetry: Telemetry) -> Decision:

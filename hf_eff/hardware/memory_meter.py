@@ -17,7 +17,7 @@ from hf_eff.hardware.probe import PeakMemory, current_bytes, device_name, releas
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages behind some tensors, each once, whatever ties and views share it."""
     seen: dict[tuple[str, int], int] = {}
-    for tensor in tensors:
+    for tensor in itertools.chain.from_iterable(map(_dense_parts, tensors)):
         storage = _local(tensor).untyped_storage()
         seen[_key(tensor, storage)] = storage.nbytes()
     return sum(seen.values())
@@ -115,6 +115,8 @@ class _SavedTensors:
     def pack(self, tensor: torch.Tensor) -> Any:
         """Count a tensor that autograd saves; the holder's end gives its bytes back."""
         local = _local(tensor)
+        if local.layout != torch.strided:  # sparse tensors have no single storage
+            return tensor
         storage = local.untyped_storage()
         key = _key(local, storage)
         if key in self._excluded:
@@ -164,6 +166,13 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a sharded tensor; any other tensor itself."""
     to_local = getattr(tensor, "to_local", None)
     return to_local() if to_local is not None else tensor.detach()
+
+
+def _dense_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors that hold a sparse gradient; a dense tensor is its own part."""
+    if tensor.layout == torch.sparse_coo:
+        return [tensor.coalesce().indices(), tensor.coalesce().values()]
+    return [tensor]
 
 
 def _tensors_in(value: Any) -> list[torch.Tensor]:

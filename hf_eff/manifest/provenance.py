@@ -17,7 +17,11 @@ from hf_eff.errors import DataError
 from hf_eff.manifest.schema import build_manifest, describe_scores
 from hf_eff.numerics.row_hash import hash_of_hashes
 
-_HUB_FILE = re.compile(r"^hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})/")
+_HUB_CACHE = re.compile(
+    r"[/\\](?P<user>[\w.-]+)___(?P<name>[\w.-]+)[/\\](?P<config>[^/\\]+)[/\\][^/\\]+[/\\](?P<revision>[0-9a-f]{40})"
+    r"[/\\](?!cache-)[^/\\]+\.arrow$"
+)
+"""Where ``datasets`` keeps a split of a Hub dataset, as it came; ``cache-*`` files hold what ``map`` made of it."""
 
 
 def describe_dataset(dataset: Any, pool: Pool, columns: Sequence[str] | None = None) -> dict[str, Any]:
@@ -28,16 +32,13 @@ def describe_dataset(dataset: Any, pool: Pool, columns: Sequence[str] | None = N
         pool: Result of ``make_pool``.
         columns: Columns the row hashes cover; all of the dataset's without.
     """
-    info = getattr(dataset, "info", None)
-    files = [_HUB_FILE.match(name) for name in getattr(info, "download_checksums", None) or {}]
-    origins = {(match["repo"], match["revision"]) for match in files if match}
-    repo_id, revision = origins.pop() if len(origins) == 1 else (None, None)
+    repo_id, config, revision = _hub_origin(dataset)
     names = columns if columns is not None else getattr(dataset, "column_names", None)
     split = getattr(dataset, "split", None)
     return {
         "repo_id": repo_id,
         "revision": revision,
-        "config": getattr(info, "config_name", None) if repo_id else None,
+        "config": config,
         "split": None if split is None else str(split),
         "num_rows": len(dataset),
         "fingerprint": getattr(dataset, "_fingerprint", None),
@@ -129,6 +130,15 @@ def _about(spec: MethodSpec, config: MethodConfig, context: SelectionContext, pi
         "invalid": invalid,
         "notes": dict(picks.notes),
     }
+
+
+def _hub_origin(dataset: Any) -> tuple[str | None, str | None, str | None]:
+    """Repository, configuration and revision of a dataset that is a Hub split unchanged, else three times None."""
+    if getattr(dataset, "_indices", None) is not None:
+        return None, None, None
+    files = [_HUB_CACHE.search(entry["filename"]) for entry in getattr(dataset, "cache_files", None) or ()]
+    origins = {(f"{match['user']}/{match['name']}", match["config"], match["revision"]) for match in files if match}
+    return origins.pop() if len(origins) == 1 and all(files) else (None, None, None)
 
 
 def _invalid_rows(picks: Picks, pool: Pool) -> dict[str, int]:

@@ -100,8 +100,8 @@ class Lora(MemoryMethod):
             warnings.warn(
                 OutsideIntendedUseWarning(
                     f"memory='lora' with dropout={config.dropout:g} keeps a mask and a copy of the input per adapted "
-                    "matrix: 1109 MiB of activations where dropout=0 keeps 685 and full fine-tuning 753 (SmolLM2-135M, "
-                    "2 x 256 tokens, fp32); set dropout=0 unless overfitting is the problem."
+                    "matrix: 1112 MiB of activations where dropout=0 keeps 688 and full fine-tuning 753 (SmolLM2-135M, "
+                    "2 x 256 tokens, fp32, r=16); set dropout=0 unless overfitting is the problem."
                 ),
                 stacklevel=2,
             )

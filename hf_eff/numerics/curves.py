@@ -15,13 +15,13 @@ spending more.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from hf_eff.errors import DataError
-from hf_eff.numerics.normal import normal_cdf
 
 POWER_EXPONENTS = (0.15, 0.3, 0.5, 0.8, 1.2, 2.0)
 POWER_OFFSETS = (0.003, 0.01, 0.03, 0.1, 0.3)
@@ -192,4 +192,9 @@ def _mixture(
 
 def _mass_above(mixture: _Mixture, drop: np.ndarray, threshold: float) -> float:
     spread = np.maximum(mixture.amplitude_sd * np.abs(drop), _TINY)
-    return float(mixture.weight @ normal_cdf((mixture.amplitude * drop - threshold) / spread))
+    return float(mixture.weight @ _normal_cdf((mixture.amplitude * drop - threshold) / spread))
+
+
+def _normal_cdf(z: np.ndarray) -> np.ndarray:
+    """P(Z <= z) of a standard normal Z; ``erfc`` keeps full relative precision in both tails."""
+    return np.array([0.5 * math.erfc(-math.sqrt(0.5) * each) for each in z.tolist()])

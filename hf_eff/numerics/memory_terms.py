@@ -71,9 +71,9 @@ def training_bytes(
         transient_bytes: What the method itself holds for a moment, such as a random direction.
 
     Returns:
-        Bytes by term, keys of ``MEMORY_TERMS``. ``rest`` holds copies of the logits and their gradient, the working
-        set of one block with its gradients, and one copy of the largest gradient. Memory that an allocator keeps but does not use is not
-        in it.
+        Bytes by term, keys of ``MEMORY_TERMS``. ``rest`` holds copies of the logits and their gradient, one
+        block's activations with their gradients, and one copy of the largest weight gradient. Memory that an
+        allocator keeps without using it is not in it.
     """
     model, run = facts.model, facts.run
     part = trainable or model.trainable or everything_trains(model)

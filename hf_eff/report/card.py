@@ -30,7 +30,7 @@ def render_head(spec: MethodSpec) -> str:
 
 
 def method_card(kind: str, name: str) -> str:
-    """Markdown card of a method: its committed page, else the head that its SPEC gives.
+    """Markdown card of a method: its committed page under a head that is never stale, else that head alone.
 
     Raises:
         UnknownMethodError: The kind or the name is not registered.
@@ -42,7 +42,7 @@ def method_card(kind: str, name: str) -> str:
         for root in (package, package.parent):
             page = root / "model_cards" / kind / f"{name}.md"
             if page.is_file():
-                return page.read_text(encoding="utf-8")
+                return _with_head(page, spec)
     return render_head(spec)
 
 
@@ -55,15 +55,20 @@ def sync_card(path: Path, spec: MethodSpec) -> bool:
     Raises:
         ValueError: The file does not hold the two markers once each, in order.
     """
-    old = path.read_text(encoding="utf-8")
-    before, start, rest = old.partition(START)
+    new = _with_head(path, spec)
+    changed = new != path.read_text(encoding="utf-8")
+    if changed:
+        write_text(path, new)
+    return changed
+
+
+def _with_head(path: Path, spec: MethodSpec) -> str:
+    """The page with the head that the SPEC gives."""
+    before, start, rest = path.read_text(encoding="utf-8").partition(START)
     _, end, after = rest.partition(END)
     if not start or not end or START in rest or END in after:
         raise ValueError(f"{path} needs the line {START!r} and, after it, the line {END!r}, once each.")
-    new = before + render_head(spec) + after
-    if new != old:
-        write_text(path, new)
-    return new != old
+    return before + render_head(spec) + after
 
 
 def is_current(path: Path, spec: MethodSpec) -> bool:

@@ -146,12 +146,12 @@ def select_dataset(
     driver = _driver_options(options, spec)
     config = spec.config.from_dict(options)
     _check_given(spec, model, target)
-    scoring = _scoring_fields(model)
+    ledger = Ledger(Budget.parse(budget))
+    scoring = _scoring_fields(model, ledger)
     row_format = RowFormat(max_length=driver.pop("max_length", 1024), is_causal_lm=scoring.get("is_causal_lm", True))
     columns, row_ids = driver.pop("columns", None), _row_ids(pool, driver.pop("id_column", None))
     make = functools.partial(make_pool, processing_class=processing_class, row_format=row_format)
     candidates = make(pool, columns=columns, source_column=getattr(config, "source_column", "source"))
-    ledger = Ledger(Budget.parse(budget))
     context = SelectionContext(
         pool=candidates,
         reference=None if target is None else make(target, group_column=getattr(config, "group_column", None)),
@@ -159,8 +159,6 @@ def select_dataset(
         generator=torch.Generator().manual_seed(seed),
         seed=seed,
         store_dir=None if output_dir is None else Path(output_dir) / "store",
-        spend=_spend(ledger),
-        progress=_progress,
         **scoring,
         **driver,
     )
@@ -300,12 +298,13 @@ def _driver_options(options: dict[str, Any], spec: MethodSpec) -> dict[str, Any]
     return {name: options.pop(name) for name in _DRIVER_OPTIONS if name in options and name not in own}
 
 
-def _scoring_fields(model: Any) -> dict[str, Any]:
-    """Fields of the context that follow from the model."""
+def _scoring_fields(model: Any, ledger: Ledger) -> dict[str, Any]:
+    """Fields of the context that say who scores and within which limits."""
+    limits = {"spend": _spend(ledger), "progress": _progress}
     if model is None:
-        return {}
+        return limits
     facts = model_facts(model)
-    return {
+    return limits | {
         "model": model,
         "device": next(model.parameters()).device,
         "forward_flops": lambda rows, length: forward_flops(facts, BatchShape(rows, length)),
@@ -316,7 +315,7 @@ def _scoring_fields(model: Any) -> dict[str, Any]:
 def _row_ids(pool: Any, column: str | None) -> list[str] | None:
     if column is None:
         return None
-    names = getattr(pool, "column_names", None)
+    names = getattr(pool, "column_names", None) if len(pool) else [column]
     if column not in (names or list(pool[0])):
         raise DataError(f"id_column={column!r} is not a column of the pool: {names or list(pool[0])}.")
     return [str(value) for value in (pool[column] if names else (row[column] for row in pool))]

@@ -69,6 +69,8 @@ class Perplexity:
         """Score every row with one forward and keep the band."""
         pool, band = context.pool, self.config.band
         self.config.limit(pool)  # refuses an impossible size before anything is computed
+        if self.config.tokens == "all" and not context.is_causal_lm:
+            raise DataError("tokens='all' reads prompts as a decoder does; with other models use tokens='loss'.")
         losses = pool_losses(context, pool, all_tokens=self.config.tokens == "all", description="Perplexity")
         if not np.isfinite(losses).any():
             raise DataError("the model gives no finite loss for any row of the pool; check its weights and dtype.")

@@ -18,10 +18,8 @@ from hf_eff.contracts.spec import MethodSpec
 from hf_eff.errors import UnknownMethodError
 from hf_eff.testing.tiny import collator, tiny_model, tiny_pool, tiny_target, tiny_tokenizer, tokenised
 
-BATCH = 2
-ROWS = 6
-"""Rows that are trained on: three batches an epoch."""
-AMPLE = "1e15flop"
+AMPLE = "2e9flop"
+"""About four times what a trial spends: it does not bind, and a governor finds probes affordable."""
 _VOLATILE = ("seconds", "usd", "kwh", "bytes", "time", "wall", "timestamp")
 
 
@@ -53,6 +51,7 @@ class Outcome:
         spent: Deterministic currencies of the ledger.
         selection: Digest of the selection, or None.
         decisions: The governor's log.
+        governor: The governor's state at the end.
     """
 
     steps: int
@@ -61,10 +60,11 @@ class Outcome:
     spent: Mapping[str, float]
     selection: str | None
     decisions: list[Any]
+    governor: Any
 
     def differences(self, other: Outcome) -> list[str]:
         """Names of the parts that are not equal, bit for bit."""
-        parts = ("steps", "optimizer", "spent", "selection", "decisions")
+        parts = ("steps", "optimizer", "spent", "selection", "decisions", "governor")
         wrong = [part for part in parts if getattr(self, part) != getattr(other, part)]
         names = sorted({*self.weights, *other.weights})
         moved = [name for name in names if not _equal(self.weights.get(name), other.weights.get(name))]
@@ -108,16 +108,26 @@ class Trial:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def batch_size(self) -> int:
+        """Rows of a micro-batch. A governor sees larger ones, beside which a probe costs little."""
+        return 8 if self.spec.kind == "governor" else 2
+
+    @property
+    def rows(self) -> int:
+        """Rows that are trained on: eight batches an epoch under a governor, else three."""
+        return 64 if self.spec.kind == "governor" else 6
+
+    @property
     def epoch_steps(self) -> int:
         """Optimizer steps of one epoch."""
-        return math.ceil(math.ceil(ROWS / BATCH) / self.accumulation)
+        return math.ceil(math.ceil(self.rows / self.batch_size) / self.accumulation)
 
     def build(self, name: str, **changes: Any) -> Any:
         """A fresh trainer that writes into ``folder / name``."""
         arguments = {
             **self._choice(),
             "output_dir": str(self.folder / name),
-            "per_device_train_batch_size": BATCH,
+            "per_device_train_batch_size": self.batch_size,
             "gradient_accumulation_steps": self.accumulation,
             "max_steps": self.epoch_steps + 2 if self.max_steps is None else self.max_steps,
             "learning_rate": 1e-3,
@@ -145,7 +155,7 @@ class Trial:
 
     def _rows(self) -> Any:
         halved = self.spec.kind == "selection" and "fraction" in self.spec.config.__dataclass_fields__
-        return tiny_pool(2 * ROWS if halved else ROWS)
+        return tiny_pool(2 * self.rows if halved else self.rows)
 
     def _plain(self, model: Any, arguments: dict[str, Any]) -> Any:
         from hf_eff import BudgetedTrainer, BudgetedTrainingArguments
@@ -193,6 +203,7 @@ class Trial:
 def outcome_of(trainer: Any) -> Outcome:
     """Read a trainer after ``train()``."""
     spent = trainer.ledger.spent() if trainer.ledger is not None else {}
+    supervisor = trainer.budgeted_run.supervisor if trainer.budgeted_run is not None else None
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     return Outcome(
         steps=trainer.state.global_step,
@@ -201,6 +212,7 @@ def outcome_of(trainer: Any) -> Outcome:
         spent={name: amount for name, amount in spent.items() if name in ("flops", "tokens", "steps")},
         selection=trainer.selection.digest if trainer.selection is not None else None,
         decisions=[_settled(json.loads(line)) for line in _log_lines(Path(trainer.args.output_dir))],
+        governor=_plain(supervisor.state_dict()) if supervisor is not None else None,
     )
 
 

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 
@@ -35,12 +36,13 @@ def test_the_probe_for_heavy_imports_can_fail():
 
 @pytest.mark.parametrize("words", [["--help"], ["methods"]])
 def test_help_and_listing_answer_in_half_a_second(words):
+    # Processor time: what a quiet machine would show on the clock.
     durations = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
         subprocess.run([sys.executable, "-m", "hf_eff.cli", *words], capture_output=True, check=True)
-        durations.append(time.perf_counter() - start)
-    assert min(durations) < 0.5
+        durations.append(sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before)
+    assert 0 < min(durations) < 0.5
 
 
 def test_help_names_every_command(capsys):
@@ -150,3 +152,10 @@ def test_a_bug_is_not_dressed_up_as_a_usage_error(monkeypatch):
     monkeypatch.setattr(command, "run", bug)
     with pytest.raises(ZeroDivisionError):
         main(["report"])
+
+
+def test_the_table_of_the_readme_is_the_one_the_command_prints(capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    table = readme.split("<!-- methods: hf-eff methods --markdown -->\n")[1].split("<!-- /methods -->")[0]
+    main(["methods", "--markdown"])
+    assert table.strip() == capsys.readouterr().out.strip()

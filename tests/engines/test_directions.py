@@ -145,10 +145,10 @@ def test_number_of_threads_does_not_matter(family):
 
 @BOTH
 def test_global_random_states_are_left_alone(family):
-    before, numeric = torch.get_rng_state(), np.random.get_state()[1].copy()
+    before, numeric = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     draw(family(seed=0), 1000)
     assert torch.equal(torch.get_rng_state(), before)
-    assert (np.random.get_state()[1] == numeric).all()
+    assert (np.random.get_state()[1] == numeric).all()  # noqa: NPY002
 
 
 def test_families_are_listed_by_name():

@@ -25,6 +25,7 @@ from hf_eff.contracts.selection import SelectionContext
 from hf_eff.engines.scoring import (
     ScoringStoppedError,
     model_example_losses,
+    pool_batches,
     pool_losses,
     scoring_mode,
     token_batches,
@@ -301,6 +302,31 @@ def test_every_batch_is_paid_for_before_it_runs():
     assert bills == [(16_000.0, 16.0)] * 2
     assert len(forwards) == 2
     assert model.training
+
+
+def test_batches_of_a_pool_do_not_depend_on_its_order():
+    rows = rows_of([8, 8, 8, 8, 5, 5, 5, 3], vocab=200)
+    found = []
+    for order in (range(8), [6, 2, 7, 0, 5, 3, 1, 4]):
+        context = context_of(None, [rows[i] for i in order], batch_tokens=16)
+        hashes = context.pool.row_hash
+        found.append([[hashes[i] for i in positions] for positions, _ in pool_batches(context, context.pool, "x")])
+    assert found[0] == found[1]
+
+
+def test_both_stacks_of_an_encoder_decoder_are_paid_for():
+    config = T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    rows = rows_of([5, 9], labels=lambda ids, n: ids[: 3 + n])
+    bills = []
+    context = context_of(
+        T5ForConditionalGeneration(config).eval(),
+        rows,
+        is_causal_lm=False,
+        spend=lambda flops, tokens: bills.append(tokens),
+    )
+    losses = pool_losses(context, context.pool)
+    assert np.isfinite(losses).all()
+    assert bills == [2 * (9 + 4)]
 
 
 def test_a_stop_request_ends_scoring_between_batches():

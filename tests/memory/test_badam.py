@@ -101,6 +101,12 @@ def assert_same(first, second):
     assert not different
 
 
+def checkpoint_layers(model, options):
+    """Activation checkpointing under its name in this version of transformers."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)
+
+
 def moved(before, after):
     return {name for name in before if not torch.equal(before[name], after[name])}
 
@@ -283,7 +289,7 @@ def test_backward_visits_no_layer_below_the_active_one(enabled):
     model = tiny_model().train()
     run = Run(model, switch_every=1, mode="descending")
     for _ in range(enabled):  # the trainer, PEFT and TRL each enable it, and each leaves a hook
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model, {"use_reentrant": False})
     run.begin()
     for step in range(4):
         run.method.step_begin(step)
@@ -296,13 +302,13 @@ def test_checkpointing_changes_no_weight():
     plain = Run(tiny_model().train(), switch_every=2).begin().steps(*range(8))
     model = tiny_model().train()
     run = Run(model, switch_every=2)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(model, {"use_reentrant": False})
     assert_same(plain.weights(), run.begin().steps(*range(8)).weights())
 
 
 def test_reentrant_checkpointing_is_refused_when_training_begins():
     run = Run()
-    run.model.activation_checkpointing_enable({"use_reentrant": True})
+    checkpoint_layers(run.model, {"use_reentrant": True})
     with pytest.raises(PlanError, match="reentrant"):
         run.begin()
 
@@ -366,6 +372,21 @@ def test_a_scheduler_over_an_accelerated_optimizer_sets_the_rate():
         wrapped.zero_grad()
     assert run.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * 0.25)
     assert len(wrapped.state) == len(run.method.switch.partition.blocks[0])
+
+
+def test_loss_scaling_by_a_power_of_two_changes_no_weight():
+    plain = Run(switch_every=2).begin().steps(*range(7))
+    run = Run(switch_every=2).begin()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step in range(7):
+        run.method.step_begin(step)
+        scaler.scale(run.model(**batch(100 * step)).loss).backward()
+        scaler.unscale_(run.optimizer)
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 0.5)
+        scaler.step(run.optimizer)
+        scaler.update()
+        run.model.zero_grad()
+    assert_same(run.weights(), plain.weights())
 
 
 @pytest.mark.parametrize("optimizer_class", ["AdamW8bit", "PagedAdamW8bit", "Lion8bit"])

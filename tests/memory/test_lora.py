@@ -162,7 +162,7 @@ def test_targets_that_match_nothing_are_named(options):
 
 
 def test_dropout_warns_with_the_measured_reason():
-    with pytest.warns(OutsideIntendedUseWarning, match=r"dropout=0.05.*1109 MiB.*685"):
+    with pytest.warns(OutsideIntendedUseWarning, match=r"dropout=0.05.*1112 MiB.*688"):
         lora(dropout=0.05)
 
 
@@ -266,3 +266,25 @@ def test_spec_is_consistent():
     assert SPEC.requires == {"peft": "peft"}
     assert not SPEC.traits.peft
     assert SPEC.build(SPEC.config.from_dict(SPEC.tiny)).config.r == 4
+
+
+def test_a_4_bit_base_stays_as_it_is_while_its_adapters_learn():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = tiny_model(layers=2)
+    for layer in model.model.layers:
+        old = layer.mlp.up_proj
+        new = bitsandbytes.nn.Linear4bit(old.in_features, old.out_features, bias=False, compute_dtype=torch.float32)
+        new.weight = bitsandbytes.nn.Params4bit(old.weight.detach(), requires_grad=False)
+        layer.mlp.up_proj = new.to("cpu")
+    model.is_loaded_in_4bit = True
+    wrapped = lora().prepare_model(model, 0)
+    packed = [layer.mlp.up_proj.base_layer.weight.clone() for layer in model.model.layers]
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2)
+    before = {name: parameter.detach().clone() for name, parameter in adapters(wrapped).items()}
+    for _ in range(2):  # the second factor starts at zero, so the first one moves from the second step on
+        wrapped(**batch()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not any(torch.equal(before[name], parameter) for name, parameter in adapters(wrapped).items())
+    for layer, old in zip(model.model.layers, packed, strict=True):
+        assert torch.equal(layer.mlp.up_proj.base_layer.weight, old)

@@ -26,27 +26,27 @@ def cdf(z):
 
 
 def literal_forecast(clock, levels, weights, se, horizon, threshold, scale, clip=True):
-    rows = []
+    rows, points = [], list(zip(weights, clock, levels, strict=True))
     for name, phi in literal_grid().items():
         w_sum = sum(weights)
-        x_mean = sum(w * phi(c) for w, c in zip(weights, clock)) / w_sum
-        y_mean = sum(w * y for w, y in zip(weights, levels)) / w_sum
-        sxx = sum(w * (phi(c) - x_mean) ** 2 for w, c in zip(weights, clock))
-        sxy = sum(w * (phi(c) - x_mean) * (y - y_mean) for w, c, y in zip(weights, clock, levels))
+        x_mean = sum(w * phi(c) for w, c, _ in points) / w_sum
+        y_mean = sum(w * y for w, _, y in points) / w_sum
+        sxx = sum(w * (phi(c) - x_mean) ** 2 for w, c, _ in points)
+        sxy = sum(w * (phi(c) - x_mean) * (y - y_mean) for w, c, y in points)
         a = sxy / (sxx + se**2 / scale**2)
         a = max(0.0, a) if clip else a
-        rss = sum(w * (y - y_mean - a * (phi(c) - x_mean)) ** 2 for w, c, y in zip(weights, clock, levels))
+        rss = sum(w * (y - y_mean - a * (phi(c) - x_mean)) ** 2 for w, c, y in points)
         s2 = (rss + 2 * se**2) / (w_sum + 2)
         evidence = -0.5 * w_sum * math.log(s2) - 0.5 * math.log(sxx / s2 + 1 / scale**2) - math.log(scale)
         drop = phi(clock[-1]) - phi(clock[-1] + horizon)
         sd = math.sqrt(s2 / (sxx + s2 / scale**2)) * abs(drop)
         rows.append((name, evidence, a * drop, cdf((a * drop - threshold) / sd)))
-    top = max(row[1] for row in rows)
-    total = sum(math.exp(row[1] - top) for row in rows)
-    pi = [math.exp(row[1] - top) / total for row in rows]
+    top = max(evidence for _, evidence, _, _ in rows)
+    total = sum(math.exp(evidence - top) for _, evidence, _, _ in rows)
+    pi = [math.exp(evidence - top) / total for _, evidence, _, _ in rows]
     return {
-        "gain": sum(p * row[2] for p, row in zip(pi, rows)),
-        "probability": sum(p * row[3] for p, row in zip(pi, rows)),
+        "gain": sum(p * gain for p, (_, _, gain, _) in zip(pi, rows, strict=True)),
+        "probability": sum(p * above for p, (_, _, _, above) in zip(pi, rows, strict=True)),
         "family": rows[max(range(len(pi)), key=pi.__getitem__)][0],
         "entropy": -sum(p * math.log(p) for p in pi if p > 0),
     }

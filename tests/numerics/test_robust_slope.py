@@ -9,11 +9,8 @@ from hf_eff.numerics.robust_slope import robust_slope
 
 def literal_slope(x, y, window):
     x, y = list(x)[-window:], list(y)[-window:]
-    slopes = []
-    for i in range(len(x)):
-        for j in range(i + 1, len(x)):
-            if x[i] != x[j]:
-                slopes.append((y[j] - y[i]) / (x[j] - x[i]))
+    pairs = [(i, j) for j in range(len(x)) for i in range(j) if x[i] != x[j]]
+    slopes = [(y[j] - y[i]) / (x[j] - x[i]) for i, j in pairs]
     return statistics.median(slopes)
 
 
@@ -34,7 +31,8 @@ def test_a_quarter_of_wild_points_moves_it_little():
 
 
 def test_points_at_one_position_are_left_out():
-    assert robust_slope([0.0, 0.0, 2.0], [1.0, 3.0, 4.0], 3) == literal_slope([0.0, 0.0, 2.0], [1.0, 3.0, 4.0], 3) == 1.0
+    x, y = [0.0, 0.0, 2.0], [1.0, 3.0, 4.0]
+    assert robust_slope(x, y, 3) == literal_slope(x, y, 3) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from datasets.arrow_writer import ArrowWriter
 
 from hf_eff import Selection, load_selected, select_dataset
 from hf_eff.contracts.cost import Cost
@@ -161,15 +162,25 @@ def test_lists_of_rows_are_pools_too():
     assert len(chosen.apply(POOL)) == 6
 
 
-def test_a_hub_dataset_is_recorded_by_id_and_revision():
-    pool = make_pool(POOL, processing_class=TOKENIZER)
-    dataset = Dataset.from_list(POOL.to_list())
-    dataset.info.config_name = "main"
-    dataset.info.download_checksums = {f"hf://datasets/user/data@{'a1' * 20}/train.parquet": {"num_bytes": 1}}
-    facts = describe_dataset(dataset, pool)
-    assert (facts["repo_id"], facts["revision"], facts["config"]) == ("user/data", "a1" * 20, "main")
-    dataset.info.download_checksums = {"/home/someone/private.json": {"num_bytes": 1}}
-    assert "someone" not in json.dumps(describe_dataset(dataset, pool))
+def test_a_hub_dataset_is_recorded_by_id_and_revision(tmp_path):
+    folder = tmp_path / "datasets" / "user___data" / "main" / "0.0.0" / ("a1" * 20)
+    folder.mkdir(parents=True)
+    with ArrowWriter(path=str(folder / "data-train.arrow")) as writer:
+        for row in POOL:
+            writer.write(row)
+        writer.finalize()
+    dataset = Dataset.from_file(str(folder / "data-train.arrow"))
+    pool = make_pool(dataset, processing_class=TOKENIZER)
+
+    def origin(rows):
+        facts = describe_dataset(rows, pool)
+        assert str(tmp_path) not in json.dumps(facts)
+        return facts["repo_id"], facts["config"], facts["revision"]
+
+    assert origin(dataset) == ("user/data", "main", "a1" * 20)
+    # What was derived from it is not what the Hub holds.
+    for derived in (dataset.shuffle(seed=0), dataset.map(lambda row: {"prompt": row["prompt"] + "!"}), POOL):
+        assert origin(derived) == (None, None, None)
 
 
 # -- what it leaves alone

@@ -141,6 +141,11 @@ def test_a_broken_model_is_named():
         pick(SPEC, make_context(SPEC, model=model))
 
 
+def test_prompts_are_read_by_decoders_only():
+    with pytest.raises(DataError, match="with other models use tokens='loss'"):
+        pick(SPEC, make_context(SPEC, is_causal_lm=False), tokens="all")
+
+
 def test_an_impossible_size_costs_nothing():
     def spend(flops, tokens):
         raise BudgetExceededError("computed")

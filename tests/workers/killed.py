@@ -85,7 +85,7 @@ def main():
             die(trial.build("run", save_strategy="steps", save_steps=1), scenario)
             os._exit(0)
         ends[word] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print("ENDS " + json.dumps(ends))
+    sys.stdout.write("ENDS " + json.dumps(ends) + "\n")
 
 
 if __name__ == "__main__":

@@ -48,18 +48,21 @@ def check_no_unused_state(spec: MethodSpec) -> None:
 
 
 def check_learns(spec: MethodSpec) -> None:
-    """Backpropagation halves the loss of four rows in a few steps; without it the loss falls all the same."""
-    if spec.traits.needs_backward:
-        steps, lr, factor = 40, 1e-2, 0.5
-    else:
-        steps, lr, factor = 150, 3e-4, 0.995
+    """Forty steps on four rows halve the loss where every weight moves and lower it where some do.
+
+    Without a backward pass it is enough that the loss falls at all.
+    """
+    steps, lr = (40, 1e-2) if spec.traits.needs_backward else (100, 3e-4)
     batch = toy_batches(1)[0]
     run = Rehearsal(spec, lr=lr)
+    start = run.weights()
     with torch.no_grad():
         before = float(token_loss(run.model.eval(), batch))
     run.run([batch] * steps).end()
     with torch.no_grad():
         after = float(token_loss(run.model.eval(), batch))
+    everything = len(differing(start, run.weights())) == len(start)
+    factor = 0.995 if not spec.traits.needs_backward else 0.5 if everything else 0.95
     expect(after <= factor * before, f"{spec.address}: loss went from {before:.3f} to {after:.3f} in {steps} steps.")
 
 

@@ -16,6 +16,7 @@ from hf_eff.testing.rehearsal import Rehearsal, differing, toy_batches
 from hf_eff.testing.selection_scene import make_context, pick
 from hf_eff.testing.tapes import CURVES, Tape, answers_of, play, replay
 from hf_eff.testing.tasks import json_part, new_governor, same, use
+from hf_eff.testing.trial import Trial
 
 SEEDS = range(1, 5)
 
@@ -132,6 +133,16 @@ def _limited(allowance: int) -> object:
     return spend
 
 
+def check_resume_training(spec: MethodSpec) -> None:
+    """A run of the real trainer, cut in mid-epoch and resumed, equals the uninterrupted one bit for bit."""
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Trial(spec, Path(folder), accumulation=2 if spec.traits.grad_accum else 1)
+        whole = trial.whole()
+        expect(whole.steps > 1, f"{spec.address}: the run ended after {whole.steps} steps, there is nothing to cut.")
+        wrong = trial.interrupted(max(1, trial.epoch_steps // 2)).differences(whole)
+    expect(not wrong, f"{spec.address}: a resumed run differs from the uninterrupted one in {wrong}.")
+
+
 def _scores_with_model(spec: MethodSpec) -> bool:
     return spec.traits.needs_model
 
@@ -142,5 +153,6 @@ CHECKS = (
     Check(check_resume_steps, kinds=("memory",)),
     Check(check_state_is_json, kinds=("memory", "governor")),
     Check(check_resume_tape, kinds=("governor",)),
+    Check(check_resume_training),
     Check(check_resume_selection, kinds=("selection",), when=_scores_with_model),
 )

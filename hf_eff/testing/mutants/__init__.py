@@ -8,6 +8,7 @@ from hf_eff.contracts.spec import MethodSpec
 from hf_eff.testing.mutants import deciding, declared, selecting, training
 
 MUTANTS: Mapping[str, tuple[MethodSpec, ...]] = {
+    "check_resume_training": (*selecting.RESUME, *training.RESUME, *deciding.RESUME),
     **declared.MUTANTS,
     **selecting.MUTANTS,
     **training.MUTANTS,

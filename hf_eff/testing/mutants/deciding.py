@@ -72,6 +72,17 @@ def _strict(governor: Patience, telemetry: Telemetry) -> Decision:
     return Patience.observe(governor, telemetry)
 
 
+class _CountsLooks(Patience):
+    """Decides by how often it looked, and forgets that in a checkpoint."""
+
+    looks = 0
+
+    def observe(self, telemetry: Telemetry) -> Decision:
+        self.looks += 1
+        return replace(super().observe(telemetry), details={"looks": self.looks})
+
+
+RESUME = (replace(SPEC, build=_CountsLooks),)
 MUTANTS: Mapping[str, tuple[MethodSpec, ...]] = {
     "check_resume_tape": (replace(SPEC, build=_Forgets),),
     "check_bad_reading": (_that(_strict),),

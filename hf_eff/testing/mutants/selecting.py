@@ -123,8 +123,8 @@ def _without_target(method: Match, context: SelectionContext) -> Picks:
     return Match.select(method, context)
 
 
-def _numbers_for_nan(picks: Picks, _context: SelectionContext) -> Picks:
-    return replace(picks, scores=np.nan_to_num(np.asarray(picks.scores)))
+def _zeros_for_nan(_method: Match, context: SelectionContext) -> Picks:
+    return Picks(np.arange(3), np.zeros(len(context.pool)), reasons="all scores are alike")
 
 
 def _by_batch_size(picks: Picks, context: SelectionContext) -> Picks:
@@ -164,6 +164,7 @@ def _picks(**changes: Any) -> MethodSpec:
     return _instead(lambda picks, _: replace(picks, **changes))
 
 
+RESUME = (_instead(_by_run),)
 MUTANTS: Mapping[str, tuple[MethodSpec, ...]] = {
     "check_global_randomness": (_after(lambda _: torch.rand(1)), _after(lambda _: np.random.rand())),  # noqa: NPY002
     "check_no_network": (_after(_connect),),
@@ -194,7 +195,7 @@ MUTANTS: Mapping[str, tuple[MethodSpec, ...]] = {
     "check_missing_target": (_that(_without_target),),
     "check_token_limit": (_instead(_all_rows), _instead(_first_only)),
     "check_sizes": (_instead(_one_more), _instead(_all_rows)),
-    "check_broken_model": (_instead(_numbers_for_nan),),
+    "check_broken_model": (_that(_zeros_for_nan),),
     "check_picks": (
         _instead(_twice),
         _picks(positions=np.array([10_000])),

@@ -136,6 +136,18 @@ class _Reseeds(Half):
         torch.rand(1)
 
 
+class _CountsInMemory(Half):
+    """Draws by a counter that starts anew in every process."""
+
+    steps = 0
+
+    def step_begin(self, global_step: int) -> None:
+        if self.optimizer:
+            self.optimizer.steps = self.steps
+        self.steps += 1
+
+
+RESUME = (_built(_ForgetsSteps), _built(_CountsInMemory))
 MUTANTS: Mapping[str, tuple[MethodSpec, ...]] = {
     "check_undone_at_end": (_built(_LeavesHook), _built(_LeavesFrozen)),
     "check_resume_steps": (_built(_ForgetsSteps), _built(_NeverMoves)),

@@ -32,6 +32,7 @@ class PatienceConfig(MethodConfig):
 
     every: int = knob(5, "Steps between probes.", low=1, unit="steps")
     patience: int = knob(3, "Probes without gain before the run stops.", low=1, unit="probes")
+    num_examples: int = knob(8, "Rows of the target that a probe looks at.", low=2, unit="rows")
 
 
 class Patience(Governor):

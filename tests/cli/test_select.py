@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import load_dataset
+
+from hf_eff.cli import main
+from hf_eff.manifest import Selection
+
+LESS = ["--selection", "less", "--selection_kwargs", '{"num_examples": 6, "dims": 32, "warmup_epochs": 1}']
+
+
+def test_a_manifest_is_written_that_fits_the_dataset(named, tmp_path, capsys):
+    assert main(["select", *named, *LESS, "--output_dir", str(tmp_path), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    selection = Selection.load(tmp_path)
+    rows = load_dataset("json", data_files=named[3], split="train")
+    assert summary["rows"] == "6 of 24"
+    assert summary["digest"] == selection.digest
+    assert summary["manifest"] == str(tmp_path / "manifest.json")
+    assert sum(summary["sources"].values()) == len(selection.apply(rows)) == 6
+    assert selection.manifest["selection"]["method"] == "less"
+
+
+def test_equal_seeds_give_equal_manifests_and_others_do_not(named, tmp_path, capsys):
+    digests = []
+    for seed, folder in ((1, "a"), (1, "b"), (2, "c")):
+        words = ["select", *named[:4], "--selection", "random", "--selection_kwargs", '{"num_examples": 6}']
+        assert main([*words, "--seed", str(seed), "--output_dir", str(tmp_path / folder), "--json"]) == 0
+        digests.append(json.loads(capsys.readouterr().out)["digest"])
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_settings_file_gives_options_as_yaml(named, tmp_path, capsys):
+    path = tmp_path / "select.yaml"
+    path.write_text("selection: random\nselection_kwargs:\n  fraction: 0.25\n", encoding="utf-8")
+    assert main(["select", *named[:4], "--config", str(path), "--output_dir", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "rows        6 of 24" in out
+    assert f"manifest    {tmp_path / 'out' / 'manifest.json'}" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "sentence"),
+    [
+        (["--selection", "lesss"], 2, "Did you mean 'less'?"),
+        (["--selection", "random", "--selection_kwargs", '{"fraction": 2}'], 2, "must be in [0.0, 1.0]"),
+        (["--selection", "random", "--selection_kwargs", "[1]"], 2, "must be a mapping"),
+        (["--selection", "random", "--selection_kwargs", '{"num_examples": 99}'], 2, "more than the 24 valid rows"),
+        (["--selection", "less"], 2, "needs target rows; give --eval_dataset or --eval_split."),
+        ([*LESS, "--eval_dataset", "TARGET", "--budget", "1flop"], 1, "spent"),
+    ],
+)
+def test_what_cannot_be_selected_is_one_sentence(named, tmp_path, capsys, flags, code, sentence):
+    flags = [named[5] if word == "TARGET" else word for word in flags]
+    assert main(["select", *named[:4], "--output_dir", str(tmp_path), *flags]) == code
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-eff: ")]
+    assert len(errors) == 1
+    assert sentence in errors[0]
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_text_needs_a_tokenizer(named, tmp_path, capsys):
+    words = ["select", *named[2:4], "--selection", "random", "--output_dir", str(tmp_path)]
+    assert main(words) == 2
+    assert "needs --model" in capsys.readouterr().err

@@ -1,0 +1,183 @@
+"""The closed forms against measured anchors of SmolLM2-135M and against live measurements of toy models."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from hf_eff.contracts.cost import MEMORY_TERMS, Facts, PoolFacts, RunFacts, TrainableFacts
+from hf_eff.engines.facts import model_facts, model_facts_from_config
+from hf_eff.hardware.memory_meter import MemoryMeter
+from hf_eff.numerics.memory_terms import activation_bytes, block_bytes_per_token, training_bytes
+from hf_eff.testing.tiny import tiny_model
+
+MIB = 2**20
+TOKENS = 512
+
+
+@pytest.fixture(scope="module")
+def smollm():
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    return model_facts_from_config(config)
+
+
+def facts_of(model, **run):
+    options = {"batch_size": 2, "length": 256, **run}
+    return Facts(model=model, pool=PoolFacts(num_rows=None, mean_tokens=0, max_tokens=0), run=RunFacts(**options))
+
+
+def one_block(model, index):
+    sizes = [0] * len(model.blocks)
+    sizes[index] = model.blocks[index].matmul_params
+    return TrainableFacts(params=model.blocks[index].params, lowest_block=index, block_matmul_params=tuple(sizes))
+
+
+def with_adapters(model, rank=8):
+    widths = (576 + 576) * 2 + (576 + 192) * 2 + (576 + 1536) * 3
+    blocks = tuple(
+        dataclasses.replace(block, matmul_params=block.matmul_params + rank * widths) for block in model.blocks
+    )
+    trainable = TrainableFacts(params=30 * rank * widths, lowest_block=0, block_matmul_params=(rank * widths,) * 30)
+    return dataclasses.replace(model, blocks=blocks, trainable=trainable, is_peft=True)
+
+
+# MiB that autograd was measured to keep of one layer at 512 tokens in fp32, by the state of the layer.
+@pytest.mark.parametrize(("form", "measured"), [("trained", 21.9), ("frozen", 14.3)])
+def test_layer_of_smollm2(smollm, form, measured):
+    predicted = TOKENS * block_bytes_per_token(smollm, smollm.blocks[0], form) / MIB
+    assert predicted == pytest.approx(measured, rel=0.01)
+
+
+def test_layer_of_smollm2_with_adapters(smollm):
+    adapted = with_adapters(smollm)
+    size = adapted.trainable.block_matmul_params[0]
+    predicted = TOKENS * block_bytes_per_token(adapted, adapted.blocks[0], "adapters", adapter_params=size) / MIB
+    assert predicted == pytest.approx(19.6, rel=0.01)
+
+
+# MiB of saved activations measured over whole steps of SmolLM2-135M at 2 x 256 tokens.
+@pytest.mark.parametrize(
+    ("build", "run", "measured"),
+    [
+        (lambda model: model.trainable, {}, 753),
+        (lambda model: model.trainable, {"checkpointing": True}, 133),
+        (lambda model: one_block(model, 29), {}, 118),
+        (lambda model: one_block(model, 15), {}, 318),
+        (lambda model: one_block(model, 0), {}, 532),
+    ],
+)
+def test_step_of_smollm2(smollm, build, run, measured):
+    predicted = activation_bytes(facts_of(smollm, **run), build(smollm)) / MIB
+    assert predicted == pytest.approx(measured, rel=0.01)
+
+
+def test_lora_step_of_smollm2(smollm):
+    adapted = with_adapters(smollm)
+    assert activation_bytes(facts_of(adapted), adapted.trainable) / MIB == pytest.approx(685, rel=0.01)
+
+
+def test_terms_of_smollm2(smollm):
+    terms = training_bytes(facts_of(smollm))
+    assert tuple(terms) == MEMORY_TERMS
+    assert terms["weights"] / MIB == pytest.approx(513, rel=0.002)
+    assert terms["gradients"] / MIB == pytest.approx(513, rel=0.002)
+    assert terms["optimizer"] / MIB == pytest.approx(1026, rel=0.002)
+    assert sum(terms.values()) / MIB > 513 + 2356  # measured peak of the step
+
+
+def test_forward_only_methods(smollm):
+    terms = training_bytes(
+        facts_of(smollm), gradient_params=0, optimizer_params=0, saves_activations=False, transient_bytes=7e6
+    )
+    logits = TOKENS * 49152 * 4
+    assert terms["gradients"] == terms["optimizer"] == terms["activations"] == 0
+    layer = TOKENS * block_bytes_per_token(smollm, smollm.blocks[0], "trained")
+    assert terms["rest"] == 7e6 + 2 * logits + layer
+
+
+def test_gradients_and_states_can_be_fewer(smollm):
+    terms = training_bytes(facts_of(smollm, optimizer_bytes=2.0), gradient_params=10, optimizer_params=20)
+    assert (terms["gradients"], terms["optimizer"]) == (40, 40)
+
+
+def test_length_falls_back_to_the_longest_row(smollm):
+    pool = PoolFacts(num_rows=5, mean_tokens=10, max_tokens=256)
+    by_pool = Facts(model=smollm, pool=pool, run=RunFacts(batch_size=2))
+    assert training_bytes(by_pool) == training_bytes(facts_of(smollm))
+
+
+def test_nothing_trains_nothing_is_kept(smollm):
+    nothing = TrainableFacts(params=0, lowest_block=30, block_matmul_params=(0,) * 30)
+    terms = training_bytes(facts_of(smollm), nothing)
+    assert terms["gradients"] == terms["optimizer"] == terms["activations"] == 0
+
+
+# -- against live measurements ---------------------------------------------------------------------------------------
+
+
+def freeze_all_but(model, part):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part in name)
+    return model
+
+
+def adapted(model, **options):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def checkpointed(model):
+    model.activation_checkpointing_enable()
+    return model
+
+
+def measure(model, length, *, autocast=False):
+    """Terms of two real steps of AdamW."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, foreach=False)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 262, (2, length), generator=generator)
+    meter = MemoryMeter(model)
+    for _ in range(2):
+        with meter.forward_backward():
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
+            loss.backward()
+        optimizer.step()
+        meter.observe(optimizer)
+        optimizer.zero_grad()
+    return meter.peak_bytes()
+
+
+MODES = {
+    "full": (lambda model: model, {}),
+    "bottom block": (lambda model: freeze_all_but(model, ".layers.0."), {}),
+    "middle block": (lambda model: freeze_all_but(model, ".layers.2."), {}),
+    "top block": (lambda model: freeze_all_but(model, ".layers.3."), {}),
+    "lora": (adapted, {}),
+    "checkpointing": (checkpointed, {"checkpointing": True}),
+    "bf16 weights": (lambda model: model.to(torch.bfloat16), {"optimizer_bytes": 4.0}),
+    "lora on bf16 weights": (lambda model: adapted(model.to(torch.bfloat16)), {}),
+    "autocast": (lambda model: model, {"compute_bytes": 2.0, "bf16": True}),
+    "lora under autocast": (adapted, {"compute_bytes": 2.0, "bf16": True}),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_predicted_equals_measured(mode):
+    change, run = MODES[mode]
+    model = change(tiny_model(width=128, num_attention_heads=8).train())
+    predicted = training_bytes(facts_of(model_facts(model), length=128, **run))
+    measured = measure(model, 128, autocast=run.get("bf16", False))
+    for term in ("weights", "gradients", "optimizer"):
+        assert predicted[term] == pytest.approx(measured[term], rel=0.02), term
+    assert predicted["activations"] == pytest.approx(measured["activations"], rel=0.08)

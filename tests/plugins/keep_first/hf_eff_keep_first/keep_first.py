@@ -1,0 +1,62 @@
+"""keep_first: keep the rows whose content hash is smallest.
+
+Idea
+    A hash is as good as a shuffle and does not depend on the order of the rows.
+
+Cost      nothing
+
+Use when  a test needs a method from another package.
+Avoid when anything real is at stake.
+Differs   nothing to differ from.
+
+Paper     none
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hf_eff.contracts.cost import Cost
+from hf_eff.contracts.selection import Picks, SelectionContext
+from hf_eff.contracts.spec import MethodSpec, Traits
+from hf_eff.engines.pool_size import SizedConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepFirstConfig(SizedConfig):
+    """Options of ``selection="keep_first"``."""
+
+
+class KeepFirst:
+    """Ranks rows by their hash."""
+
+    def __init__(self, config: KeepFirstConfig) -> None:
+        self.config = config
+
+    def select(self, context: SelectionContext) -> Picks:
+        """The valid rows with the smallest hashes."""
+        hashes = context.pool.row_hash or []
+        valid = np.flatnonzero(context.pool.loss_lengths > 0)
+        ranked = np.array(sorted(valid.tolist(), key=lambda row: hashes[row]), dtype=np.int64)
+        return Picks(self.config.take(ranked, context.pool), reasons="smallest hash")
+
+
+def cost(config: Any, facts: Any) -> Cost:
+    """Hashes are at hand."""
+    return Cost()
+
+
+SPEC = MethodSpec(
+    name="keep_first",
+    kind="selection",
+    slot="pool",
+    summary="keep the rows whose content hash is smallest.",
+    config=KeepFirstConfig,
+    build=KeepFirst,
+    cost=cost,
+    traits=Traits(baseline=True),
+    tiny={"fraction": 0.25},
+)
