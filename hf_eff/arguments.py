@@ -53,7 +53,8 @@ class BudgetedArguments:
         """Let ``TrainingArguments`` parse the mapping fields from JSON strings too."""
         super().__init_subclass__(**kwargs)
         inherited = list(getattr(cls, "_VALID_DICT_FIELDS", []))
-        cls._VALID_DICT_FIELDS = inherited + [name for name in _DICT_FIELDS if name not in inherited]
+        wanted = inherited + [name for name in _DICT_FIELDS if name not in inherited]
+        type.__setattr__(cls, "_VALID_DICT_FIELDS", wanted)
 
     def __post_init__(self) -> None:
         """Check names, options and the budget at once, before anything is loaded."""
@@ -66,8 +67,9 @@ class BudgetedArguments:
 
     def _expect_unused_parameters(self) -> None:
         """DDP must be told before it exists that blocks rest in turn (else ranks drift apart)."""
-        if getattr(self, "ddp_find_unused_parameters", None) is None:
-            self.ddp_find_unused_parameters = True
+        name = "ddp_find_unused_parameters"
+        if getattr(self, name, None) is None:
+            setattr(self, name, True)
 
 
 @dataclass

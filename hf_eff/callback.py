@@ -72,7 +72,8 @@ class GovernorCallback(TrainerCallback):
             price_per_hour=price_per_hour,
         )
         self._resolved = resolve_options(options)
-        self._rows, self._collate = eval_dataset, data_collator
+        self._rows: Any = eval_dataset
+        self._collate: Any = data_collator
         self._log_path = log_path
         if self._probes and (eval_dataset is None or data_collator is None):
             raise PlanError(
@@ -116,7 +117,7 @@ class GovernorCallback(TrainerCallback):
             self._rows,
             self._collate,
             is_causal_lm=self._facts.is_causal_lm,
-            num_examples=self._resolved.governor.config.num_examples,
+            num_examples=getattr(self._resolved.governor.config, "num_examples", 128),
             seed=args.seed,
             forward_flops=lambda batch, length: forward_flops(self._facts, BatchShape(batch, length)),
             rank=self._ranks.rank,

@@ -111,7 +111,7 @@ def register_method(spec: MethodSpec | None = None, *, replace: bool = False, **
     return decorate
 
 
-def _costs_nothing(config: MethodConfig, facts: Facts) -> Cost:
+def _costs_nothing(_config: MethodConfig, _facts: Facts) -> Cost:
     """Stands in where a method registered in passing says nothing about its cost."""
     return Cost()
 

@@ -81,7 +81,7 @@ def _probe(trainer: Any, run: BudgetedRun) -> GainProbe:
         rows,
         scoring_collator(trainer),
         is_causal_lm=facts.is_causal_lm,
-        num_examples=run.plan.resolved.governor.config.num_examples,
+        num_examples=getattr(run.plan.resolved.governor.config, "num_examples", 128),
         seed=trainer.args.seed,
         forward_flops=lambda batch, length: forward_flops(facts, BatchShape(batch, length)),
         rank=run.ranks.rank,

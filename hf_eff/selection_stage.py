@@ -76,14 +76,14 @@ class SelectionStage:
             self._pool = trainer.train_dataset
         pool = self._as_pool(trainer, self._pool)
         with run.ledger.clock("select"):
-            outcome = run.ranks.broadcast(self._attempt(trainer, run, pool) if run.ranks.is_first else None)
+            outcome: Any = run.ranks.broadcast(self._attempt(trainer, run, pool) if run.ranks.is_first else None)
         if isinstance(outcome, EffError):
             raise outcome
-        self.selection, ledger = outcome
+        selection, ledger = outcome
         if not run.ranks.is_first:
             run.ledger.load_state_dict(ledger)
-        run.selection_digest = self.selection.digest
-        self._apply(trainer, pool)
+        run.selection_digest = selection.digest
+        self._apply(trainer, pool, selection)
 
     def _attempt(self, trainer: Any, run: BudgetedRun, pool: Pool) -> Any:
         """The selection and the ledger after it, or the error that every rank should raise."""
@@ -161,16 +161,17 @@ class SelectionStage:
         reference = make_pool(rows, row_format=self._whole(trainer))
         return replace(reference, rows=rows, groups=groups or reference.groups)
 
-    def _apply(self, trainer: Any, pool: Pool) -> None:
+    def _apply(self, trainer: Any, pool: Pool, selection: Selection) -> None:
         """Put the chosen rows, in pool order, where the loop will find them."""
-        wanted = set(self.selection.indices.tolist())
+        wanted = set(selection.indices.tolist())
         positions = [place for place, index in enumerate(pool.index.tolist()) if index in wanted]
         if len(positions) != len(wanted):
             raise ManifestError(
                 f"{len(wanted) - len(positions)} of the {len(wanted)} selected rows are not in the pool; it changed "
                 "since they were chosen."
             )
-        self.selection.verify(self._raw_rows())
+        selection.verify(self._raw_rows())
+        self.selection = selection
         subset = self._pool.select(positions) if isinstance(self._pool, Dataset) else _subset(self._pool, positions)
         self._subset = trainer.train_dataset = self.finish(_without(subset, ROW_COLUMN))
 

@@ -16,7 +16,8 @@ from hf_eff.selection_stage import ROW_COLUMN
 from hf_eff.trainer import BudgetedTrainerMixin
 
 try:
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 except ImportError as error:
     raise MissingDependencyError("the SFT trainers need trl; install it with: pip install 'hf_eff[sft]'") from error
 
@@ -63,14 +64,14 @@ class BudgetedSFTTrainer(BudgetedTrainerMixin, SFTTrainer):
             return super()._prepare_dataset(numbered, processing_class, whole, False, *rest, **named)
         if name != "train" and packing and self.selection_stage.needs_reference:
             rows = super()._prepare_dataset(dataset, processing_class, whole, False, *rest, **named)
-            self.selection_stage.keep_reference(str(name), rows)
+            self.selection_stage.unpacked_reference[str(name)] = rows
         return super()._prepare_dataset(dataset, processing_class, args, packing, *rest, **named)
 
     def _finish_subset(self, subset: Any) -> Any:
         """Pack the narrowed pool, if packing is on."""
-        if not self.args.packing:
-            return subset
-        return super()._prepare_dataset(subset, self.processing_class, self.args, True, None, "train")
+        args: Any = self.args
+        tokenizer: Any = self.processing_class
+        return super()._prepare_dataset(subset, tokenizer, args, True, None, "train") if args.packing else subset
 
 
 class BlockwiseSFTTrainer(BudgetedSFTTrainer):

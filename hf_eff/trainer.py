@@ -12,7 +12,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -20,13 +20,12 @@ from transformers import Trainer, TrainerCallback
 
 from hf_eff.arguments import options_of, run_facts
 from hf_eff.contracts.cost import Facts, ModelFacts
-from hf_eff.contracts.governor import Decision
 from hf_eff.contracts.memory import OptimizerContext, StepContext
 from hf_eff.engines.checkpoints import is_complete, resolve_checkpoint
 from hf_eff.engines.facts import batch_shape, model_facts, pool_facts
 from hf_eff.engines.schedule_progress import follow_budget
 from hf_eff.files import require_writable
-from hf_eff.hardware.ledger import Ledger
+from hf_eff.hardware.ledger import Ledger, Purpose
 from hf_eff.hardware.probe import hardware_facts
 from hf_eff.manifest import Selection
 from hf_eff.memory import MemoryStack
@@ -36,8 +35,14 @@ from hf_eff.run import BudgetedRun
 from hf_eff.run_ends import extend_card, finish_run, start_run
 from hf_eff.selection_stage import SelectionStage
 
+# For type checkers the mixin is a Trainer; at run time it has no base, so that it goes over any subclass.
+if TYPE_CHECKING:
+    _Parent = Trainer
+else:
+    _Parent = object
 
-class BudgetedTrainerMixin:
+
+class BudgetedTrainerMixin(_Parent):
     """Adds selection, memory methods and a governor to any ``Trainer`` subclass.
 
     With every hf_eff field at its default the parent class runs untouched.
@@ -91,7 +96,7 @@ class BudgetedTrainerMixin:
         model = super().call_model_init(trial)
         return model if self._resolved is None else self._change_model(model, self.args.seed)
 
-    def _make_plan(self, model: nn.Module, pool: Any, target: Any, args: Any) -> Plan:
+    def _make_plan(self, model: Any, pool: Any, target: Any, args: Any) -> Plan:
         assert self._resolved is not None  # noqa: S101 - callers hold it
         custom = getattr(self, "optimizer", None) is not None
         facts = Facts(
@@ -114,6 +119,10 @@ class BudgetedTrainerMixin:
         """The rows that were trained on, or None when every row is."""
         return self.selection_stage.selection if self._resolved is not None else None
 
+    @property
+    def _folder(self) -> Path:
+        return Path(self.args.output_dir or "trainer_output")
+
     # The run
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -124,9 +133,9 @@ class BudgetedTrainerMixin:
             args: Passed on to the parent.
             kwargs: Passed on to the parent.
         """
-        if self._resolved is None:
+        if self.plan is None:
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        checkpoint = resolve_checkpoint(resume_from_checkpoint, self._folder)
         self.budgeted_run = start_run(self, self.plan, checkpoint)
         try:
             output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
@@ -143,7 +152,7 @@ class BudgetedTrainerMixin:
             self.optimizer = self.memory_stack.create_optimizer(self._optimizer_context(model, stock))
         return super().create_optimizer(*args, **kwargs)
 
-    def _optimizer_context(self, model: nn.Module, stock: Callable[[], torch.optim.Optimizer]) -> OptimizerContext:
+    def _optimizer_context(self, model: Any, stock: Callable[[], torch.optim.Optimizer]) -> OptimizerContext:
         chosen = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
         return OptimizerContext(
             model=model,
@@ -169,15 +178,15 @@ class BudgetedTrainerMixin:
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         if self.budgeted_run is None or not batches or self.budgeted_run.admit(batches, self.state.global_step):
             return batches, num_items
-        self._stop(self.budgeted_run.stop)
+        self._stop(self.budgeted_run)
         return [], None
 
-    def _stop(self, decision: Decision) -> None:
+    def _stop(self, run: BudgetedRun) -> None:
         """End the loop; where checkpoints are kept, keep this state too, as transformers does at the end."""
         self.control.should_training_stop = True
-        step, folder = self.state.global_step, Path(self.args.output_dir)
+        step, folder = self.state.global_step, self._folder
         # The first rank's view: saving is collective, and other nodes may see another disk.
-        saved = self.budgeted_run.ranks.broadcast(is_complete(folder / f"checkpoint-{step}"))
+        saved = run.ranks.broadcast(is_complete(folder / f"checkpoint-{step}"))
         if self.args.save_strategy == "steps" and step > 0 and not saved:
             self.control.should_save = True
 
@@ -207,19 +216,19 @@ class BudgetedTrainerMixin:
         """The parent's loss, scaled for accumulation, with no trace left in its metrics."""
         batch = dict(self._prepare_inputs(inputs))
         with _metrics_kept(self), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, batch, num_items_in_batch=num_items)
+            loss: Any = self.compute_loss(model, batch, num_items_in_batch=num_items)
         loss = loss.mean() if self.args.n_gpu > 1 else loss
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if scaled is None:
             scaled = self.compute_loss_func is not None or (self.model_accepts_loss_kwargs and num_items is not None)
         return loss if scaled else loss / self.current_gradient_accumulation_steps
 
-    def floating_point_ops(self, inputs: Any) -> float:
+    def floating_point_ops(self, inputs: Any) -> int:
         """True FLOPs of a micro-batch, so that every tracker shows them."""
         if self.budgeted_run is None:
             return super().floating_point_ops(inputs)
         shape = batch_shape(inputs, self.budgeted_run.model)
-        return self.budgeted_run.step_flops([shape], self.state.global_step)
+        return int(self.budgeted_run.step_flops([shape], self.state.global_step))
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         if self.budgeted_run is not None and self.memory_stack.grad_norm() is not None:
@@ -239,7 +248,7 @@ class BudgetedTrainerMixin:
         with self._clock("save"):
             super()._save_checkpoint(*args, **kwargs)
 
-    def _clock(self, purpose: str) -> contextlib.AbstractContextManager[Any]:
+    def _clock(self, purpose: Purpose) -> contextlib.AbstractContextManager[Any]:
         return self.budgeted_run.ledger.clock(purpose) if self.budgeted_run is not None else contextlib.nullcontext()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -262,7 +271,7 @@ class BudgetedTrainerMixin:
         """The parent's card with the run's plan and measurements added."""
         super().create_model_card(*args, **kwargs)
         if self.report is not None and self.is_world_process_zero():
-            extend_card(self.report, self.args.output_dir)
+            extend_card(self.report, self._folder)
 
 
 class _Once:
@@ -282,24 +291,24 @@ class _RunCallback(TrainerCallback):
     """Tells the run where the loop is. Its state lives in the side-car, not in transformers' own."""
 
     def __init__(self, trainer: BudgetedTrainerMixin) -> None:
-        self._trainer = weakref.ref(trainer)
+        self._trainer: Any = weakref.proxy(trainer)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self._trainer()
+        trainer = self._trainer
         trainer.memory_stack.train_begin(trainer.model, state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self._trainer()
+        trainer = self._trainer
         trainer._micro_step = 0  # noqa: SLF001
         trainer.memory_stack.step_begin(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self._trainer()
+        trainer = self._trainer
         rate = kwargs["lr_scheduler"].get_last_lr()[0]
         model = trainer.accelerator.unwrap_model(trainer.model)
         decision = trainer.budgeted_run.finish_step(state.global_step, model, kwargs["optimizer"], rate)
         if decision.action == "stop":
-            trainer._stop(decision)  # noqa: SLF001
+            trainer._stop(trainer.budgeted_run)  # noqa: SLF001
 
 
 def _by_name(kind: type, positional: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
@@ -313,7 +322,7 @@ def _by_name(kind: type, positional: tuple[Any, ...], named: dict[str, Any]) -> 
         if args is not None and args.kind is not inspect.Parameter.VAR_POSITIONAL:
             bound = dict(list(signature.bind_partial(None, *positional, **named).arguments.items())[1:])
             kinds = {parameter.kind: name for name, parameter in signature.parameters.items()}
-            return {**bound, **bound.pop(kinds.get(inspect.Parameter.VAR_KEYWORD), {})}
+            return {**bound, **bound.pop(kinds.get(inspect.Parameter.VAR_KEYWORD, ""), {})}
     raise TypeError(f"{kind.__name__} has no base whose constructor takes args=...; use a Trainer subclass.")
 
 

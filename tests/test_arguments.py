@@ -45,7 +45,7 @@ def test_round_trip_and_positional_output_dir(cls):
 def test_mistakes_surface_when_the_arguments_are_made():
     with pytest.raises(UnknownMethodError, match="Did you mean 'badam'"):
         BudgetedTrainingArguments("out", use_cpu=True, memory="badan")
-    with pytest.raises(OptionError, match="BAdamConfig has no option 'swtch_every'. Did you mean 'switch_every'"):
+    with pytest.raises(OptionError, match=r"BAdamConfig has no option 'swtch_every'. Did you mean 'switch_every'"):
         BudgetedTrainingArguments("out", use_cpu=True, memory="badam", memory_kwargs={"swtch_every": 5})
     with pytest.raises(OptionError, match="is not an amount with a unit"):
         BudgetedTrainingArguments("out", use_cpu=True, budget="two hours")

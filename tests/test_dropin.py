@@ -1,4 +1,4 @@
-"""What users assert of a Trainer, run on the stock class, on ours with defaults, and on ours with a budget that never binds.
+"""What users assert of a Trainer: on the stock class, on ours with defaults, on ours with a budget that never binds.
 
 Defaults: everything is equal, files included. A loose budget: the same losses, logs and weights; files only beside.
 """

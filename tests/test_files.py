@@ -8,12 +8,17 @@ from hf_eff.errors import OptionError
 from hf_eff.files import replacing, require_writable, write_json
 
 
+def _interrupted_write(path):
+    with replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("power cut")
+
+
 def test_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"old": 1})
-    with pytest.raises(RuntimeError, match="power cut"), replacing(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError("power cut")
+    with pytest.raises(RuntimeError, match="power cut"):
+        _interrupted_write(path)
     assert json.loads(path.read_text()) == {"old": 1}
     assert [each.name for each in tmp_path.iterdir()] == ["a.json"]
 

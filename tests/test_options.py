@@ -36,9 +36,9 @@ def test_options_of_a_composition_go_flat_or_nested():
 def test_json_text_is_read_and_its_errors_named():
     resolved = resolve_options(EffOptions(selection="random", selection_kwargs='{"fraction": 0.5}'))
     assert resolved.selection[0].config.fraction == 0.5
-    with pytest.raises(OptionError, match="selection_kwargs='{' is not JSON"):
+    with pytest.raises(OptionError, match=r"selection_kwargs='{' is not JSON"):
         resolve_options(EffOptions(selection_kwargs="{"))
-    with pytest.raises(OptionError, match="has no option 'fractoin'. Did you mean 'fraction'"):
+    with pytest.raises(OptionError, match=r"has no option 'fractoin'. Did you mean 'fraction'"):
         resolve_options(EffOptions(selection="random", selection_kwargs={"fractoin": 0.5}))
 
 

@@ -55,7 +55,7 @@ def test_a_budget_below_one_step_is_said(facts):
 
 def test_selection_beyond_the_budget_is_refused(facts):
     options = EffOptions(selection="less", selection_kwargs={"num_examples": 8}, budget="1Mflop")
-    with pytest.raises(PlanError, match="selection='less' alone would spend .*FLOP of budget=1.00 MFLOP"):
+    with pytest.raises(PlanError, match=r"selection='less' alone would spend .*FLOP of budget=1.00 MFLOP"):
         make_plan(options, facts)
 
 

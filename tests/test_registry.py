@@ -52,7 +52,7 @@ def test_summaries_are_those_of_the_specs(kind):
 
 
 def test_did_you_mean():
-    with pytest.raises(UnknownMethodError, match="memory='badamm' is not registered. Did you mean 'badam'"):
+    with pytest.raises(UnknownMethodError, match=r"memory='badamm' is not registered\. Did you mean 'badam'"):
         get_method("memory", "badamm")
 
 
@@ -120,7 +120,7 @@ def test_missing_package_names_the_install_line():
 
 
 def test_build_checks_options():
-    with pytest.raises(OptionError, match="HalfConfig has no option 'shares'. Did you mean 'share'"):
+    with pytest.raises(OptionError, match=r"HalfConfig has no option 'shares'\. Did you mean 'share'"):
         registry.build(half.SPEC, {"shares": 0.1})
 
 

@@ -298,7 +298,7 @@ def test_a_changed_dataset_is_refused_on_resume(tmp_path):
 
 def test_other_methods_cannot_resume_a_run(tmp_path):
     make(tmp_path, BlockwiseTrainer, memory_kwargs={"switch_every": 2}, save_strategy="steps", save_steps=2).train()
-    with pytest.raises(Exception, match="the checkpoint was written with .*badam.* and this run has .*mezo"):
+    with pytest.raises(Exception, match=r"the checkpoint was written with .*badam.* and this run has .*mezo"):
         make(tmp_path, ZOTrainer).train(resume_from_checkpoint=True)
 
 

@@ -172,7 +172,7 @@ def test_order_of_a_run(trainer):
     run = trainer()
     run.train()
     begin = ["train", "get_train_dataloader", "create_optimizer", "create_scheduler"]
-    expected = [*begin, "_load_optimizer_and_scheduler", "on_train_begin", *STEP, *STEP]
+    expected = [*begin, "on_train_begin", *STEP, *STEP]
     assert [name for name, _ in run.calls] == expected
 
 

@@ -48,3 +48,8 @@ def test_what_cannot_run_on_two_is_refused_by_name(found):
     for spec in [half.SPEC, *(spec for spec in SPECS if not spec.traits.ddp)]:
         for trainer in TRAINERS:
             assert spec.address in found[f"{spec.kind}={spec.name}-{trainer}"]["refused"]
+
+
+def test_ranks_that_drift_apart_are_noticed(found):
+    weights = found["drifting"]["weights"]
+    assert weights[0] != weights[1]

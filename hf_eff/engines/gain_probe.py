@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from hf_eff.contracts.governor import ProbeReading
 from hf_eff.engines.scoring import model_example_losses, scoring_mode, token_batches
 from hf_eff.errors import CheckpointError, DataError
+from hf_eff.numerics.probe_size import affordable_examples
 from hf_eff.numerics.row_hash import hash_of_hashes, row_hash
 
 Batch = Mapping[str, Any]
@@ -50,10 +51,11 @@ class GainProbe:
         rows: Held-out rows; ``rows[i]`` is a mapping that the collator accepts.
         collate: Turns a list of rows into a padded batch with ``labels``.
         is_causal_lm: Whether labels are shifted by one.
-        num_examples: Size of the subset; fewer when there are fewer rows.
+        num_examples: Size of the subset; fewer when there are fewer rows or a reading would cost too much.
         seed: Decides the subset.
         batch_tokens: Upper bound of rows x longest row in one forward.
         forward_flops: FLOPs of one forward of a [rows, length] block.
+        max_flops: What a reading should cost at most; the subset shrinks for it, yet not below 16.
         rank, world_size: This process among those that call ``read`` together.
         gather: Returns the values that all ranks passed, in rank order.
         cost_flops, cost_tokens: What one reading costs, over all processes.
@@ -70,6 +72,7 @@ class GainProbe:
     seed: int = 0
     batch_tokens: int = 8192
     forward_flops: Callable[[int, int], float] = _no_flops
+    max_flops: float = math.inf
     rank: int = 0
     world_size: int = 1
     gather: Callable[[Any], list[Any]] = _alone
@@ -80,9 +83,11 @@ class GainProbe:
         """Draw and collate the subset, and price a reading."""
         if not len(rows):
             raise DataError("a probe needs held-out examples; pass an eval_dataset that is not empty.")
-        self.num_examples = min(self.num_examples, len(rows))
-        chosen = random.Random(self.seed).sample(range(len(rows)), self.num_examples)
-        subset = [dict(rows[index]) for index in sorted(chosen)]
+        chosen = random.Random(self.seed).sample(range(len(rows)), min(self.num_examples, len(rows)))
+        lengths = [len(rows[index]["input_ids"]) for index in chosen]
+        row_flops = sum(self.forward_flops(1, length) for length in lengths) / len(lengths)
+        self.num_examples = affordable_examples(len(chosen), row_flops, self.max_flops)
+        subset = [dict(rows[index]) for index in sorted(chosen[: self.num_examples])]
         self._digest = hash_of_hashes(row_hash(row) for row in subset)
         batches = _share_evenly([len(row["input_ids"]) for row in subset], self.batch_tokens, self.world_size)
         with _seeded(self.seed):

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hf_eff.contracts.selection import Pool, SelectionContext
 from hf_eff.engines.adapter import Adapter
 from hf_eff.engines.datastore import FeatureStore, pool_fingerprint
 from hf_eff.engines.example_gradients import example_gradients
 from hf_eff.engines.scoring import pool_batches, token_batches
+from hf_eff.numerics.adam_direction import Direction
 from hf_eff.numerics.example_loss import Reduction
 from hf_eff.numerics.projection import RademacherProjector
-
-# B examples, p entries of one factor
-
-Direction = Callable[[int, Tensor], Tensor]
-"""Turns the gradients [B, p] of the factor of a number into what is projected; may work in place."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,6 +64,7 @@ class _Columns:
         level: Loss relative to the first probe, summed from paired differences.
         se: Standard error of each paired difference; the first probe has none.
         weight: Factor on the weight in the fit, lowered by breaks.
+        first_step, last_step: Optimizer steps done at the first and at the last probe.
     """
 
     compute: list[float] = field(default_factory=list)
@@ -72,6 +73,8 @@ class _Columns:
     level: list[float] = field(default_factory=list)
     se: list[float] = field(default_factory=list)
     weight: list[float] = field(default_factory=list)
+    first_step: int = 0
+    last_step: int = 0
     probe_spent: float = 0.0
     learning_rate: float = 0.0
     in_warmup: bool = False
@@ -104,6 +107,12 @@ class ProbeHistory:
     def start(self) -> float:
         """Spent compute at the first probe."""
         return self._columns.compute[0]
+
+    @property
+    def step_compute(self) -> float | None:
+        """Mean training compute of a step between the first probe and the last; None before the second."""
+        steps = self._columns.last_step - self._columns.first_step
+        return self._columns.clock[-1] / steps if steps > 0 else None
 
     @property
     def break_compute(self) -> float:
@@ -161,6 +170,8 @@ class ProbeHistory:
 
     def _append(self, telemetry: Telemetry, trained: float, delta: float | None) -> None:
         columns = self._columns
+        columns.first_step = columns.first_step if columns.level else telemetry.step
+        columns.last_step = telemetry.step
         rate = 0.5 * (telemetry.learning_rate + columns.learning_rate)
         columns.compute.append(telemetry.compute)
         columns.clock.append(_last(columns.clock) + trained)

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_eff.contracts.cost import Cost, Facts
@@ -39,6 +39,7 @@ from hf_eff.contracts.spec import MethodConfig, MethodSpec, Paper, Traits, knob
 from hf_eff.engines.probe_history import FEWEST_PROBES, Outlook, ProbeHistory, is_confounded
 from hf_eff.errors import OptionError
 from hf_eff.numerics.flops import forward_flops, training_flops
+from hf_eff.numerics.probe_size import affordable_examples
 
 WIDEST_GAP = 1 / 120
 """Largest share of the budget between two probes, unless the purse is too small for it."""
@@ -65,7 +66,9 @@ class MarginalGainConfig(MethodConfig):
     discount: float = knob(0.95, "Weight of a probe relative to the next one.", low=0.5, high=1.0)
     prior_scale: float = knob(3.0, "Prior standard deviation of a curve's height.", low=1e-6, unit="nats")
     slope_window: int = knob(8, "Probes in the Theil-Sen slope.", low=2, unit="probes")
-    num_examples: int = knob(128, "Held-out examples in a probe.", low=2, unit="examples")
+    num_examples: int = knob(
+        128, "Held-out examples in a probe; fewer, to 16, where probes would be dear.", low=2, unit="examples"
+    )
     probe_growth: float = knob(0.08, "Growth of compute from probe to probe.", low=0.0, high=10.0, unit="share")
     probe_share: float = knob(0.03, "Cap on the probes' part of the compute spent.", low=0.0, high=1.0, unit="share")
 
@@ -81,6 +84,13 @@ class MarginalGainConfig(MethodConfig):
                 f"MarginalGainConfig.price must be given with threshold='price' and only then, "
                 f"got threshold={self.threshold!r} and price={self.price!r}."
             )
+
+    def probe_allowance(self, compute: float) -> float:
+        """Cost of a probe at which the purse pays for one every ``WIDEST_GAP`` of a run of ``compute``.
+
+        Many rough probes tell more of a curve than a few precise ones: a dearer probe should have fewer examples.
+        """
+        return WIDEST_GAP * (1.0 + PURSE_ADVANCE) * self.probe_share * compute
 
 
 class MarginalGain(Governor):
@@ -115,9 +125,14 @@ class MarginalGain(Governor):
         if telemetry.probe is None:
             return Decision("continue", "no probe at this step")
         self._last_probe = telemetry.compute
+        telemetry = replace(telemetry, compute_limit=self._end(telemetry))
         if not self._history.take_in(telemetry):
             return Decision("continue", "the probe has no finite paired loss")
-        details = {**self._history.facts, "confounded": is_confounded(telemetry)}
+        details = {
+            **self._history.facts,
+            "end": telemetry.compute_limit,
+            "confounded": is_confounded(telemetry),
+        }
         waiting = self._reason_to_wait(telemetry)
         if waiting:
             self._pending_since = None
@@ -142,10 +157,22 @@ class MarginalGain(Governor):
         self._checks = int(state["checks"])
         self._pending_since = state["pending_since"]
 
+    def _end(self, telemetry: Telemetry) -> float:
+        """Compute at which the run ends if it is not stopped: at its limit, or before it when its steps run out.
+
+        Without a limit the steps alone decide: what the plan foresaw for them may be off.
+        """
+        step_compute, limit = self._history.step_compute, telemetry.compute_limit
+        if step_compute is None or telemetry.max_steps <= 0 or not math.isfinite(limit):
+            return limit
+        end = telemetry.compute + step_compute * max(0, telemetry.max_steps - telemetry.step)
+        is_limited = any(currency != "bytes" for currency in telemetry.limits)
+        return min(limit, end) if is_limited else end
+
     def _reason_to_wait(self, telemetry: Telemetry) -> str:
         history, limit = self._history, telemetry.compute_limit
         if not math.isfinite(limit) or telemetry.compute >= limit:
-            return "nothing finite is left of the governing currency"
+            return "nothing finite is left to spend"
         if telemetry.in_warmup:
             return "the learning rate is still rising"
         if telemetry.compute < self.config.explore_floor * limit:
@@ -213,11 +240,13 @@ def cost(config: MarginalGainConfig, facts: Facts) -> Cost:
     if rows == 0 or length == 0:
         return Cost()
     run, batch = facts.run, facts.run.batch_size * facts.run.accumulation * facts.hardware.world_size
-    step_shape = BatchShape(rows=batch, length=run.length or math.ceil(facts.pool.mean_tokens))
-    step = training_flops(facts.model, step_shape)
+    shape = BatchShape(rows=batch, length=run.length or math.ceil(facts.pool.mean_tokens))
     steps = run.max_steps if run.max_steps > 0 else run.epochs * math.ceil((facts.pool.num_rows or 0) / batch)
-    probe = forward_flops(facts.model, BatchShape(rows=rows, length=length))
-    limit, spent, count = step * steps, 0.0, 0
+    step = training_flops(facts.model, shape)
+    limit = step * steps
+    row = forward_flops(facts.model, BatchShape(rows=1, length=length))
+    probe = row * affordable_examples(rows, row, config.probe_allowance(limit))
+    spent, count = 0.0, 0
     while spent < limit:
         count += 1
         spent += max(_probe_gap(config, spent, limit, probe), step)

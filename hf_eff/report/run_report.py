@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_eff.report.markdown import table
+from hf_eff.report.secrets import mask_secrets
 from hf_eff.units import format_amount, format_bytes, format_seconds
 
 UNAVAILABLE = "unavailable"
@@ -36,7 +37,7 @@ def render_report(report: Mapping[str, Any]) -> str:
         *_warnings(report),
         *_facts("## Environment", report.get("environment")),
     ]
-    return "\n\n".join(parts) + "\n"
+    return mask_secrets("\n\n".join(parts) + "\n")
 
 
 def binding_sentence(report: Mapping[str, Any]) -> str:

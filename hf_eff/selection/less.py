@@ -40,7 +40,6 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hf_eff.contracts.cost import Cost, Facts
 from hf_eff.contracts.memory import BatchShape
@@ -54,7 +53,7 @@ from hf_eff.engines.pool_size import SizedConfig
 from hf_eff.engines.scoring import scoring_mode
 from hf_eff.engines.warmup import WarmupCheckpoint, WarmupSettings, untrained, warm_up
 from hf_eff.errors import DataError
-from hf_eff.numerics.adam_direction import AdamScaling
+from hf_eff.numerics.adam_direction import ADAM_VARIANTS, AdamScaling
 from hf_eff.numerics.example_loss import Reduction
 from hf_eff.numerics.flops import forward_flops
 from hf_eff.numerics.keyed_random import content_order
@@ -69,7 +68,7 @@ _SMALL = 1e9
 _VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {"adam_variant": "paper", "include_momentum": True, "val_agg": "cos_of_mean"},
     "official": {"adam_variant": "official", "include_momentum": True, "val_agg": "mean_cos"},
-    "fixed": {"adam_variant": "paper", "include_momentum": False, "val_agg": "mean_cos"},
+    "fixed": {"adam_variant": "damped", "include_momentum": False, "val_agg": "mean_cos"},
 }
 
 
@@ -80,9 +79,7 @@ class LessConfig(SizedConfig):
     default_fraction: ClassVar[float] = 0.05
 
     variant: str = knob("fixed", "Whose formulas: see the method's card.", choices=tuple(_VARIANTS))
-    adam_variant: str | None = knob(
-        None, "Scaling of pool gradients; None: by variant.", choices=("paper", "official", "none")
-    )
+    adam_variant: str | None = knob(None, "Scaling of pool gradients; None: by variant.", choices=ADAM_VARIANTS)
     include_momentum: bool | None = knob(None, "Add Adam's running mean to each gradient; None: by variant.")
     val_agg: str | None = knob(
         None, "Average cosines, or target gradients; None: by variant.", choices=("mean_cos", "cos_of_mean")
@@ -224,10 +221,6 @@ class Less:
             [moment[name].to(context.device).flatten() for name in recipe.adapter.factors]
             for moment in (checkpoint.first_moment, checkpoint.second_moment)
         )
-
-        def scaled(index: int, gradients: Tensor) -> Tensor:
-            return scaling.direction(gradients, first[index], second[index], checkpoint.step)
-
         paid = backward_context(context, recipe.adapter, self.config.gradient_tokens, recipe.projector)
         folder = context.store_dir / f"checkpoint-{known['checkpoint']}" if context.store_dir else None
         header = {**known, "weights": tensors_fingerprint(checkpoint.weights)}
@@ -239,7 +232,7 @@ class Less:
             dtype=self.config.store_dtype,
             folder=folder and folder / "pool",
             header={**header, "scaling": vars(scaling)},
-            direction=scaled,
+            direction=scaling.at(first, second, checkpoint.step),
         )
         return _Features(pool, goal, target.groups or ["the target"] * len(target))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 from hf_eff.errors import EffError, OptionError
@@ -37,6 +38,7 @@ def _report(address: str) -> bool:
     spec = get_method(kind, name)
     from hf_eff.testing.suite import run_suite
 
+    _only_verdicts()
     acceptable, total, count = True, 0.0, 0
     for verdict in run_suite(spec):
         acceptable &= verdict.acceptable
@@ -44,6 +46,17 @@ def _report(address: str) -> bool:
         print(f"{verdict.status:<20} {verdict.seconds:6.2f}s  {verdict.check.name}  {verdict.reason}".rstrip())
     print(f"{spec.address}: {'conforms' if acceptable else 'does not conform'}; {count} checks in {total:.1f}s")
     return acceptable
+
+
+def _only_verdicts() -> None:
+    """No progress bars nor notes of the stack between the lines."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("hf_eff").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from hf_eff import registry
 from hf_eff.contracts.spec import MethodSpec
@@ -143,7 +143,9 @@ class Trial:
         }
         # Dropout draws from the global generator, so that its state must be restored as well.
         model = tiny_model(layers=2, width=32, attention_dropout=0.1)
-        return self._sft(model, arguments) if self.trainer == "sft" else self._plain(model, arguments)
+        trainer = self._sft(model, arguments) if self.trainer == "sft" else self._plain(model, arguments)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
 
     def _choice(self) -> dict[str, Any]:
         options = dict(self.spec.tiny)

@@ -154,6 +154,19 @@ def test_the_price_is_known_before_and_is_what_runs(rows):
     assert probe.cost_tokens == sum(height * length for height, length in shapes)
 
 
+def test_a_dear_probe_reads_fewer_examples(rows):
+    whole, half, least = (
+        make_probe(rows, num_examples=30, forward_flops=lambda batch, length: float(batch * length), max_flops=limit)
+        for limit in (1e9, 450.0, 1.0)
+    )
+    assert whole.num_examples == 30
+    assert 16 < half.num_examples < 30
+    assert half.cost_flops == pytest.approx(450.0, rel=0.1)
+    assert least.num_examples == 16
+    reading = half.read(tiny_model())
+    assert reading.num_examples == half.num_examples
+
+
 def test_resumes_exactly(rows):
     model = tiny_model()
     whole = make_probe(rows)

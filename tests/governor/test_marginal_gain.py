@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from hf_eff.contracts.cost import BlockFacts, Facts, ModelFacts, PoolFacts, RunFacts
 from hf_eff.contracts.governor import ProbeReading, Telemetry
 from hf_eff.contracts.memory import BatchShape
+from hf_eff.engines.gain_probe import GainProbe
 from hf_eff.engines.probe_history import ProbeHistory
 from hf_eff.errors import OptionError
 from hf_eff.governor.marginal_gain import MarginalGain, MarginalGainConfig, cost
@@ -355,6 +357,19 @@ def test_without_a_finite_budget_it_neither_probes_nor_stops():
     assert first_stop(decisions) is None
 
 
+def test_what_the_steps_leave_counts_where_it_is_less_than_the_limit():
+    def look(step, limits):
+        reading = ProbeReading(3.0 - 0.01 * step, None if step == 1 else 0.01, None if step == 1 else 0.001, 8)
+        return Telemetry(step, 50, {}, limits, 2.0 * step, 500.0, probe=reading, learning_rate=1.0)
+
+    for limits, expected in (({"flops": 500.0}, 100.0), ({"flops": 60.0}, 60.0), ({}, 100.0), ({"bytes": 1.0}, 100.0)):
+        policy = governor()
+        for step in range(1, 20):
+            seen = look(step, limits)
+            ends = policy.observe(dataclasses.replace(seen, compute_limit=limits.get("flops", 70.0))).details["end"]
+        assert ends == pytest.approx(expected), limits
+
+
 def look_with(reading, step, limit=1.0):
     compute = step / STEPS
     return Telemetry(step, STEPS, {}, {}, compute, limit, probe=reading, learning_rate=1.0, peak_learning_rate=1.0)
@@ -454,12 +469,20 @@ def facts(max_steps=200, num_reference=500):
     return Facts(model=model, pool=pool, run=RunFacts(batch_size=16, max_steps=max_steps, length=40))
 
 
-@pytest.mark.parametrize(("max_steps", "num_examples"), [(200, 16), (2000, 64), (500, 128)])
+@pytest.mark.parametrize(("max_steps", "num_examples"), [(200, 16), (2000, 64), (500, 128), (40, 128)])
 def test_the_cost_is_what_a_full_run_spends_on_probes(max_steps, num_examples):
     given, config = facts(max_steps), MarginalGainConfig(num_examples=num_examples)
-    probe = forward_flops(given.model, BatchShape(rows=num_examples, length=40))
     step = training_flops(given.model, BatchShape(rows=16, length=40))
-    share = probe / (step * max_steps)
+    rows = [{"input_ids": [1] * 40, "labels": [1] * 40}] * 500
+    probe = GainProbe(
+        rows,
+        lambda batch: {key: torch.tensor([row[key] for row in batch]) for key in batch[0]},
+        is_causal_lm=True,
+        num_examples=num_examples,
+        forward_flops=lambda batch, length: forward_flops(given.model, BatchShape(rows=batch, length=length)),
+        max_flops=config.probe_allowance(step * max_steps),
+    )
+    share = probe.cost_flops / (step * max_steps)
     looks, _ = play(MarginalGain(config), probe_cost=share, steps=max_steps, limit=step * max_steps)
     spent = looks[-1].probe_spent
     assert cost(config, given).flops == pytest.approx(spent, rel=0.15)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from hf_eff.report import build_report, render_run_card
+from hf_eff.report import build_report, render_report, render_run_card
 from hf_eff.report.secrets import mask_secrets
 
 PLAN = {
@@ -65,3 +65,10 @@ def test_no_secret_reaches_the_card():
     text = card(command=f"HF_TOKEN={secret} hf-eff train", title=f"Run {secret}", datasets=[f"https://u:{secret}@h/d"])
     assert secret not in text
     assert "Z9Z9" not in text
+
+
+@pytest.mark.parametrize("render", [render_report, render_run_card])
+def test_a_report_that_was_not_cleaned_is_masked_too(render):
+    report = build_report(PLAN, {}, {})
+    report["environment"] = {"command": "HF_TOKEN=hf_" + "Z9" * 17}
+    assert "Z9Z9" not in render(report)

@@ -340,7 +340,7 @@ def test_a_store_of_other_options_or_rows_is_refused(tmp_path):
         ("seed", {}, {"seed": 8}),
         ("model", {}, {"model": tiny_model(layers=2, width=32, seed=1)}),
         ("rows", {}, {"pool": toy_pool(order=range(23, -1, -1))}),
-        ("rows", {}, {"reference": toy_target(5)}),
+        ("num_rows", {}, {"reference": toy_target(5)}),
     ):
         with pytest.raises(ManifestError, match=f"another selection: {problem} is"):
             pick(SPEC, make_context(SPEC, folder=tmp_path / "s", **changes), **options)

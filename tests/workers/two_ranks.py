@@ -21,6 +21,16 @@ from hf_eff.testing.trial import Trial, outcome_of, registered
 SINGLE = dataclasses.replace(half.SPEC, traits=dataclasses.replace(half.SPEC.traits, ddp=False))
 
 
+class Drifts(half.Half):
+    """Moves other tensors on each rank."""
+
+    def create_optimizer(self, context):
+        return super().create_optimizer(dataclasses.replace(context, seed=dist.get_rank()))
+
+
+DRIFTING = dataclasses.replace(half.SPEC, build=Drifts)
+
+
 def digest(weights):
     whole = hashlib.sha256()
     for name in sorted(weights):
@@ -63,6 +73,7 @@ def main():
         for trainer_kind in ("trainer", "sft"):
             key = f"{spec.kind}={spec.name}-{trainer_kind}"
             found[key] = train(spec, folder / key, trainer_kind)
+    found["drifting"] = train(DRIFTING, folder / "drifting", "trainer")
     if dist.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()

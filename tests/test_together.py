@@ -1,0 +1,98 @@
+"""Methods of different kinds together: every pair of kinds trains in some triple, or the plan refuses it by name."""
+
+import json
+
+import pytest
+from transformers import PrinterCallback
+
+from hf_eff import BudgetedTrainer, BudgetedTrainingArguments, Selection
+from hf_eff.contracts.spec import KINDS
+from hf_eff.errors import PlanError
+from hf_eff.registry import get_method, list_methods
+from hf_eff.testing.tiny import collator, tiny_model, tiny_pool, tiny_target, tiny_tokenizer, tokenised
+from hf_eff.testing.trial import AMPLE
+
+STEPS = 4
+SPECS = {kind: [get_method(kind, name) for name in list_methods(kind)] for kind in KINDS}
+
+
+def cover():
+    """Triples that hold every pair of methods of two kinds, as long as no kind has more than the first two."""
+    governors = SPECS["governor"]
+    for i, selection in enumerate(SPECS["selection"]):
+        for j, memory in enumerate(SPECS["memory"]):
+            triple = (selection, memory, governors[(i + j) % len(governors)])
+            yield pytest.param(*triple, id="-".join(spec.name for spec in triple))
+
+
+def build(folder, **names):
+    tokenizer = tiny_tokenizer()
+    trainer = BudgetedTrainer(
+        model=tiny_model(2, 32),
+        args=BudgetedTrainingArguments(
+            output_dir=str(folder),
+            budget=AMPLE,
+            max_steps=STEPS,
+            per_device_train_batch_size=2,
+            learning_rate=1e-3,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            **names,
+        ),
+        train_dataset=tokenised(tiny_pool(16), tokenizer),
+        eval_dataset=tokenised(tiny_target(), tokenizer),
+        data_collator=collator(tokenizer),
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def test_cover_holds_every_pair():
+    triples = [case.values for case in cover()]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        wanted = len(SPECS[KINDS[a]]) * len(SPECS[KINDS[b]])
+        assert len({(triple[a].name, triple[b].name) for triple in triples}) == wanted
+
+
+@pytest.mark.parametrize(("selection", "memory", "governor"), cover())
+def test_triple_trains(selection, memory, governor, tmp_path):
+    named = {spec.kind: spec.name for spec in (selection, memory, governor)}
+    options = {f"{spec.kind}_kwargs": dict(spec.tiny) for spec in (selection, memory, governor)}
+    trainer = build(tmp_path, **named, **options)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert trainer.state.global_step == STEPS
+    assert any(not before[name].equal(p) for name, p in trainer.model.named_parameters())
+    for file in ("plan.json", "report.json"):
+        assert json.loads((tmp_path / file).read_text())
+    if trainer.selection is not None:
+        again = Selection.load(tmp_path / "selection")
+        assert again.digest == trainer.selection.digest
+        assert len(again.apply(tokenised(tiny_pool(16)))) == len(trainer.train_dataset)
+
+
+PAIRS = [
+    pytest.param(a, b, id=f"{a.name}+{b.name}")
+    for kind in ("selection", "memory")
+    for a in SPECS[kind]
+    for b in SPECS[kind]
+    if a.name != b.name
+]
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_pair_of_one_kind_trains_or_is_refused_by_both_names(first, second, tmp_path):
+    composition = {
+        first.kind: f"{first.name}+{second.name}",
+        f"{first.kind}_kwargs": {spec.name: dict(spec.tiny) for spec in (first, second) if spec.tiny},
+    }
+    if first.slot == second.slot:
+        with pytest.raises(PlanError, match=rf"(?s){first.name}.*{second.name}"):
+            build(tmp_path, **composition)
+        return
+    trainer = build(tmp_path, **composition)
+    trainer.train()
+    assert trainer.state.global_step == STEPS
