@@ -133,7 +133,8 @@ class GovernorCallback(TrainerCallback):
             shape = batch_shape(inputs, self._facts)
             flops = training_flops(self._facts, shape)
             flops += recompute_flops(self._facts, shape) if self._checkpointing else 0.0
-            counts = token_counts(inputs, self._facts.is_causal_lm)
+            two_stacks = self._facts.is_encoder_decoder
+            counts = token_counts(inputs, self._facts.is_causal_lm, is_encoder_decoder=two_stacks)
             self._pending.append(
                 {
                     "flops": flops,

@@ -90,7 +90,8 @@ class BudgetedRun:
         return True
 
     def _tokens(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        counts = [token_counts(batch, self.model.is_causal_lm) for batch in batches]
+        two_stacks = self.model.is_encoder_decoder
+        counts = [token_counts(batch, self.model.is_causal_lm, is_encoder_decoder=two_stacks) for batch in batches]
         names = {"paid": "tokens", "useful": "useful_tokens", "loss": "loss_tokens"}
         return {name: float(sum(count[key] for count in counts)) for key, name in names.items()}
 

@@ -49,7 +49,6 @@ def build_trainer(flags: RunFlags, args: TrainingArguments) -> Trainer:
     pool, target = load_data(flags)
     if target is None and args.eval_strategy != "no":
         raise DataError("eval_strategy needs rows to evaluate on; give --eval_dataset or --eval_split.")
-    load_model(flags.model, flags.dtype, flags.cache_dir)
     print(preview(flags, args, pool, target))
     model, tokenizer = load_model(flags.model, flags.dtype, flags.cache_dir)
     if flags.task == "sft":

@@ -115,6 +115,17 @@ def test_random_numbers_of_the_model_itself_cancel():
     assert coefficient(model, family, noise=1) != found[0]
 
 
+@pytest.mark.parametrize(("dtype", "low", "high"), [(torch.bfloat16, 2e-2, 8e-2), (torch.float32, 1e-8, 1e-5)])
+def test_restoring_in_place_would_drift(dtype, low, high):
+    """Why probes are ephemeral: 100 steps of +eps, -2 eps, +eps that learn nothing, on weights of the usual size."""
+    start = (0.02 * torch.randn(20000, generator=torch.Generator().manual_seed(0))).to(dtype)
+    weight, family = start.clone(), Gaussian(0)
+    for step in range(100):
+        for scale in (1e-3, -2e-3, 1e-3):
+            family.add_(weight, "w", step, scale)
+    assert low < (weight.double() - start.double()).norm() / start.double().norm() < high
+
+
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_update_equals_the_formula(name, dtype):

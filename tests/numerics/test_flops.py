@@ -83,6 +83,12 @@ def counted(model, names=None):
     return forward.get_total_flops(), both.get_total_flops(), shape
 
 
+def checkpoint(model):
+    """Enable activation checkpointing under the name it has in the installed transformers."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def parts(model):
     """Names of everything, of each block, and of the output head."""
     names = [name for name, _ in model.named_parameters()]
@@ -139,7 +145,7 @@ def test_lora_matches_the_counter(case):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpointing_of_all_blocks_matches_the_counter(family):
     model = build(family)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint(model)
     _, both, shape = counted(model)
     facts = model_facts(model)
     assert facts.trainable.lowest_block == -1
@@ -149,7 +155,7 @@ def test_checkpointing_of_all_blocks_matches_the_counter(family):
 
 def test_checkpointing_of_one_block_recomputes_only_from_there():
     model = build("llama")
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint(model)
     top = {name for name, _ in model.named_parameters() if ".layers.2." in name}
     assert trainable_facts(model, top).lowest_block == -1  # the hook that enabling checkpointing leaves
     model.disable_input_require_grads()

@@ -130,13 +130,14 @@ def freeze_all_but(model, part):
     return model
 
 
-def adapted(model, **options):
+def adapted(model):
     peft = pytest.importorskip("peft")
     return peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
 def checkpointed(model):
-    model.activation_checkpointing_enable()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     return model
 
 
