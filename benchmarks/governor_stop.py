@@ -1,6 +1,6 @@
 """Where does each stopping policy stop on synthetic loss curves, and what does that cost?
 
-    python benchmarks/governor_stop.py [--curves 200] [--probe-cost 0.0003]
+    python benchmarks/governor_stop.py [--curves 200] [--probe-cost 0.0003] [--first-seed 0]
 
 A curve is a noiseless held-out loss L(c) over training compute c, a share of the budget. A policy sees it through
 probes with noise of standard deviation 0.003 to 0.05 and autocorrelation 0 to 0.5. Compute has a price, 0.05 to 2 nats
@@ -235,10 +235,10 @@ def regret(curve: Curve, stop: float, probes: int, probe_cost: float) -> float:
     return curve.loss_at(stop) + paid - float(np.min(curve.loss + curve.price * SHARES))
 
 
-def simulate(families: Sequence[str], count: int, probe_cost: float, policies: Sequence[str] = POLICIES) -> Table:
-    """Regret by policy and family over ``count`` curves dealt round the families."""
+def simulate(families: Sequence[str], seeds: range, probe_cost: float, policies: Sequence[str] = POLICIES) -> Table:
+    """Regret by policy and family over one curve a seed, dealt round the families."""
     table: Table = {name: {family: [] for family in families} for name in policies}
-    for seed in range(count):
+    for seed in seeds:
         curve = make_curve(families[seed % len(families)], seed)
         for name in policies:
             stop, probes = run_policy(name, curve, probe_cost)
@@ -246,10 +246,10 @@ def simulate(families: Sequence[str], count: int, probe_cost: float, policies: S
     return table
 
 
-def simulate_tail(families: Sequence[str], count: int, probe_cost: float) -> Table:
+def simulate_tail(families: Sequence[str], seeds: range, probe_cost: float) -> Table:
     """Threshold ``tail``: compute left over, and share of the attainable gain forgone, by family."""
     table: Table = {name: {family: [] for family in families} for name in ("compute saved", "gain forgone")}
-    for seed in range(count):
+    for seed in seeds:
         curve = make_curve(families[seed % len(families)], seed)
         stop, probes = run_governor(MarginalGain(MarginalGainConfig()), curve, probe_cost)
         best = float(curve.loss.min())
@@ -284,14 +284,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--curves", type=int, default=200)
     parser.add_argument("--probe-cost", type=float, default=0.0003, help="cost of one probe, a share of the budget")
+    parser.add_argument("--first-seed", type=int, default=0, help="other curves of the same families")
     args = parser.parse_args()
+    seeds = range(args.first_seed, args.first_seed + args.curves)
     size = f"{args.curves} curves, one probe costs {args.probe_cost:g} of the budget"
     print(f"\nRegret, families of the design ({size})\n")
-    print(format_table("policy", simulate(FAMILIES, args.curves, args.probe_cost)))
+    print(format_table("policy", simulate(FAMILIES, seeds, args.probe_cost)))
     print(f"\nRegret, families outside the governor's grid ({size})\n")
-    print(format_table("policy", simulate(OUTSIDE, args.curves, args.probe_cost)))
+    print(format_table("policy", simulate(OUTSIDE, seeds, args.probe_cost)))
     print(f"\nThreshold 'tail' of marginal_gain ({size})\n")
-    print(format_table("share", simulate_tail((*FAMILIES, *OUTSIDE), args.curves, args.probe_cost)))
+    print(format_table("share", simulate_tail((*FAMILIES, *OUTSIDE), seeds, args.probe_cost)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One feature more than quickstart.py: compare memory methods, first on paper, then by running each for a few steps.
 
-python examples/compare_memory.py
+Run: python examples/compare_memory.py
 """
 
 import torch

@@ -1,6 +1,6 @@
 """One feature more than quickstart.py: watch a governor without letting it act, then read what it saw and decided.
 
-python examples/governed_sft.py
+Run: python examples/governed_sft.py
 """
 
 import torch

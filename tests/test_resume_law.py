@@ -1,6 +1,9 @@
 """Interrupted and resumed equals uninterrupted, bit for bit: every registered method, without exception."""
 
+import contextlib
+import fcntl
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -58,18 +61,34 @@ KILLED = [
 SELECTING = DEMANDING[0]
 
 
+@contextlib.contextmanager
+def locked_folder(factory, name):
+    """A folder that all workers of the session share, one of them at a time."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     """Folder of the runs that died, and how each ended."""
-    folder = tmp_path_factory.mktemp("killed")
+    with locked_folder(tmp_path_factory, "killed") as folder:
+        if not (folder / "ends.json").exists():
+            (folder / "ends.json").write_text(_kill_all(folder))
+        return folder, json.loads((folder / "ends.json").read_text())
+
+
+def _kill_all(folder):
     words = [f"{spec.kind}={spec.name}:{scenario}" for spec in DEMANDING for scenario in SCENARIOS]
     words.append(f"{SELECTING.kind}={SELECTING.name}:select")
     done = subprocess.run(
-        [sys.executable, str(WORKER), str(folder), *words], capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, str(WORKER), str(folder), *words], capture_output=True, text=True, check=False, timeout=900
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    last = [line for line in done.stdout.splitlines() if line.startswith("ENDS ")][-1]
-    return folder, json.loads(last.removeprefix("ENDS "))
+    return [line for line in done.stdout.splitlines() if line.startswith("ENDS ")][-1].removeprefix("ENDS ")
 
 
 @pytest.fixture(scope="module")

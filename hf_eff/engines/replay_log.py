@@ -113,12 +113,9 @@ class ReplayLog:
         return count
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able copy with a digest of its content."""
-        return {
-            "header": self.header.to_dict(),
-            "records": [record.to_list() for record in self.records],
-            "sha256": self.digest(),
-        }
+        """JSON-able copy: the header, one line of text a step, and a digest of both."""
+        header, *records = self._lines()
+        return {"header": json.loads(header), "records": records, "sha256": self.digest()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ReplayLog:
@@ -129,7 +126,7 @@ class ReplayLog:
         """
         try:
             header = LogHeader.from_dict(values["header"])
-            log = cls(header, [StepRecord.from_list(row) for row in values["records"]])
+            log = cls(header, [StepRecord.from_list(json.loads(line)) for line in values["records"]])
             intact = log.digest() == values["sha256"]
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the replay log cannot be read ({error}); use an earlier checkpoint.") from error
@@ -153,8 +150,8 @@ class ReplayLog:
             CheckpointError: The file is damaged or cut short.
         """
         try:
-            header, *rows, end = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
-            values = {"header": header, "records": rows, "sha256": end["sha256"]}
+            header, *records, end = Path(path).read_text(encoding="utf-8").splitlines()
+            values = {"header": json.loads(header), "records": records, "sha256": json.loads(end)["sha256"]}
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is no whole replay log ({error}).") from error
         return cls.from_dict(values)

@@ -5,8 +5,8 @@ Idea
     probe. A grid of learning curves (powers, exponentials, a line) is fitted to the probes and averaged by evidence.
     The mixture gives the probability that the next stretch of compute h lowers the loss by more than the threshold:
 
-        stop when  P(gain over h > tau * h) < delta  and  Theil-Sen gain of the last probes < tau,
-        both held over a confirmation span
+        stop when  P(gain over h > tau * h) < delta  over a confirmation span
+              and  Theil-Sen gain of the last probes < tau
 
     ``threshold="tail"`` looks at all compute that remains: tau * h = epsilon * (gain realised so far).
     ``threshold="price"`` takes tau from a price in loss per unit of compute. A loss that almost surely rises stops
@@ -209,7 +209,7 @@ class MarginalGain(Governor):
             "family": forecast.family,
             "entropy": forecast.entropy,
             "checks": self._checks,
-            "too_little": forecast.probability < delta and outlook.recent_rate < needed / stretch,
+            "too_little": forecast.probability < delta,
         }
 
     def _act_on(self, telemetry: Telemetry, details: dict[str, Any]) -> Decision:
@@ -224,6 +224,8 @@ class MarginalGain(Governor):
         held = telemetry.compute - self._pending_since
         if first or held < self.config.confirm * telemetry.compute_limit:
             return Decision("continue", "too little gain is expected; waiting for confirmation", details)
+        if details["recent_rate"] >= details["threshold_rate"]:
+            return Decision("continue", "too little gain is expected, yet the last probes still gain enough", details)
         reason = f"a gain above {details['needed']:.3g} nats has probability {details['probability']:.3f} only"
         return Decision("stop", reason, details)
 

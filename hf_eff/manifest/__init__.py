@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["MANIFEST", "ROWS", "RowView", "Selection", "build_manifest", "describe_scores", "read_manifest"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Selection:
     """Chosen rows of one dataset. A value: nothing about it changes after it was made.
 
@@ -66,6 +66,11 @@ class Selection:
     def __len__(self) -> int:
         """Number of chosen rows."""
         return len(self.indices)
+
+    def __repr__(self) -> str:
+        """One line: the method, how much it kept, and the digest."""
+        about, rows = self.manifest["selection"], self.manifest["dataset"]["num_rows"]
+        return f"{type(self).__name__}({about['method']!r}, {len(self)} of {rows} rows, digest {self.digest[:12]})"
 
     @property
     def digest(self) -> str:

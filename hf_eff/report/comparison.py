@@ -131,7 +131,7 @@ def _purposes(plan: Mapping[str, Any], purposes: Mapping[str, Mapping[str, Any]]
     for purpose in sorted({*_PURPOSES, *purposes}, key=lambda name: (_order(name), name)):
         spent = purposes.get(purpose, {})
         guess = predicted.get(purpose)
-        if spent or guess:
+        if guess or any(spent.values()):
             rows.append(
                 {
                     "purpose": purpose,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,6 +14,7 @@ from hf_eff.report.run_report import binding_sentence, costs_table, memory_table
 from hf_eff.report.secrets import mask_secrets
 
 TAG = "hf_eff"
+_REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def render_run_card(report: Mapping[str, Any]) -> str:
@@ -41,10 +44,20 @@ def render_run_card(report: Mapping[str, Any]) -> str:
 
 def _head(environment: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     head: dict[str, Any] = {"tags": sorted({TAG, *_method_names(report), *(environment.get("tags") or [])})}
-    for key in ("library_name", "base_model", "datasets", "license"):
+    for key in ("library_name", "license"):
         if environment.get(key):
             head[key] = environment[key]
+    if _is_repo_id(environment.get("base_model")):
+        head["base_model"] = environment["base_model"]
+    datasets = [name for name in environment.get("datasets") or [] if _is_repo_id(name)]
+    if datasets:
+        head["datasets"] = datasets
     return yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
+
+
+def _is_repo_id(name: Any) -> bool:
+    """Whether the Hub can link to it; a folder of this machine is nobody else's business."""
+    return isinstance(name, str) and _REPO_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
 def _method_names(report: Mapping[str, Any]) -> list[str]:
@@ -55,7 +68,7 @@ def _methods(report: Mapping[str, Any]) -> str:
     rows = []
     for address, options in report.get("methods", {}).items():
         kind, _, name = address.partition(":")
-        settings = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        settings = ", ".join(f"{key}={value!r}" for key, value in options.items() if value is not None)
         rows.append((kind, f"`{name}`", f"`{settings}`" if settings else "none"))
     return table(["Kind", "Method", "Options"], rows)
 

@@ -29,11 +29,19 @@ def test_the_head_is_yaml_that_the_hub_reads():
     }
 
 
-def test_a_hostile_name_cannot_break_out_of_the_head():
-    text = card(base_model="x\n---\n# gone", datasets=["a: b"])
+@pytest.mark.parametrize("name", ["x\n---\n# gone", "/home/me/model", "model", "a: b", "../up", "https://u:p@h/d"])
+def test_only_names_that_the_hub_can_link_to_enter_the_head(name):
+    text = card(base_model=name, datasets=[name, "org/data"])
     head, body = text.removeprefix("---\n").split("\n---\n", 1)
-    assert yaml.safe_load(head)["datasets"] == ["a: b"]
+    assert "base_model" not in yaml.safe_load(head)
+    assert yaml.safe_load(head)["datasets"] == ["org/data"]
     assert body.startswith("\n# Budgeted fine-tuning run")
+
+
+def test_a_folder_that_looks_like_a_repository_is_not_named(tmp_path, monkeypatch):
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert "base_model" not in card(base_model="org/model")
 
 
 def test_the_body_holds_methods_figures_and_the_command():
