@@ -146,7 +146,7 @@ OUTSIDE = ("weibull", "janoschek", "mmf", "linear decay")
 def make_curve(family: str, seed: int) -> Curve:
     """One random member of a family."""
     random = np.random.default_rng([seed, 0])
-    height = random.uniform(0.5, 2.0)
+    height = random.uniform(0.3, 1.5)
     shape, rate = SHAPES[family](random)
     return Curve(
         family=family,

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from hf_eff.engines.adapter import LoraShape, temporary_adapter
-from hf_eff.engines.example_gradients import autocast, example_gradients
-from hf_eff.engines.scoring import model_example_losses, scoring_mode
+from hf_eff.engines.example_gradients import adapter_losses, example_gradients
+from hf_eff.engines.scoring import scoring_mode
 from hf_eff.errors import MissingDependencyError
 from hf_eff.numerics.projection import RademacherProjector
 
@@ -78,8 +78,7 @@ def measure(model: Any, batch: dict[str, torch.Tensor], options: argparse.Namesp
         projector = RademacherProjector(tuple(weight.numel() for weight in weights), options.dims)
 
         def step(part: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-            with autocast(part, dtype):
-                losses, _ = model_example_losses(model, part, is_causal_lm=True)
+            losses, _ = adapter_losses(model, part, is_causal_lm=True, compute_dtype=dtype)
             return list(torch.autograd.grad(losses.sum(), weights))
 
         def batched() -> list[tuple[int, torch.Tensor]]:

@@ -14,6 +14,7 @@ from hf_eff.cli import COMMANDS
 from hf_eff.cli.flags import SentenceErrors, read_config
 from hf_eff.errors import DataError, OptionError
 from hf_eff.files import require_writable
+from hf_eff.units import format_amount
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,8 +40,8 @@ def run(argv: Sequence[str]) -> int:
     if options.json:
         print_json({"manifest": str(folder / "manifest.json"), **summary})
     else:
-        print("\n".join(f"{key:<12}{value}" for key, value in summary.items()))
-        print(f"{'manifest':<12}{folder / 'manifest.json'}")
+        lines = {**summary, **_readable(summary), "manifest": folder / "manifest.json"}
+        print("\n".join(f"{key:<12}{value}" for key, value in lines.items()))
     return 0
 
 
@@ -154,3 +155,11 @@ def _summary(pool: Dataset, selection: Selection) -> dict[str, Any]:
         counts = collections.Counter(str(name) for name in pool.select(selection.indices)["source"])
         summary["sources"] = dict(counts.most_common())
     return summary
+
+
+def _readable(summary: dict[str, Any]) -> dict[str, str]:
+    """Amounts with units, and sources in words."""
+    lines = {name: format_amount(name, summary[name]) for name in ("tokens", "flops", "seconds")}
+    if "sources" in summary:
+        lines["sources"] = ", ".join(f"{name} {count}" for name, count in summary["sources"].items())
+    return lines

@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> int:
             if args.push_to_hub:
                 trainer.push_to_hub()
     except KeyboardInterrupt:
-        print(f"hf-eff: interrupted; {_how_to_resume(argv, folder)}", file=sys.stderr)
+        print(f"\nhf-eff: interrupted; {_how_to_resume(argv, folder)}", file=sys.stderr)
         return 130
     if trainer.is_world_process_zero():
         _print_summary(trainer, as_json=flags.json)
@@ -49,7 +49,9 @@ def build_trainer(flags: RunFlags, args: TrainingArguments) -> Trainer:
     pool, target = load_data(flags)
     if target is None and args.eval_strategy != "no":
         raise DataError("eval_strategy needs rows to evaluate on; give --eval_dataset or --eval_split.")
-    print(preview(flags, args, pool, target))
+    plan = preview(flags, args, pool, target)
+    if args.process_index == 0:
+        print(plan)
     model, tokenizer = load_model(flags.model, flags.dtype, flags.cache_dir)
     if flags.task == "sft":
         from hf_eff.sft import BudgetedSFTTrainer

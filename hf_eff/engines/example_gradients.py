@@ -8,6 +8,7 @@ by themselves. ``.grad`` of no parameter is read or written.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from hf_eff.engines.scoring import model_example_losses
 from hf_eff.errors import DataError, PlanError
-from hf_eff.numerics.example_loss import Reduction
+from hf_eff.numerics.example_loss import IGNORE_INDEX, Reduction
 
 # B examples, T tokens, r rank, i inputs and o outputs of a factor
 
@@ -54,11 +55,10 @@ def example_gradients(
         DataError: Rows of the batch are not independent examples, or no factor took part.
         PlanError: The model's training loss couples the rows of a batch.
     """
-    require_separate_rows(model, batch)
     with torch.enable_grad(), _recorded(factors) as calls:
-        with autocast(batch, compute_dtype):
-            losses, counts = model_example_losses(model, batch, is_causal_lm=is_causal_lm, reduction=reduction)
-        require_gradient(losses)
+        losses, counts = adapter_losses(
+            model, batch, is_causal_lm=is_causal_lm, reduction=reduction, compute_dtype=compute_dtype
+        )
         places = [(name, call) for name, made in calls.items() for call in range(len(made))]
         # The sum over examples, not the mean: row b of every gradient is then that of loss b alone.
         outputs = [calls[name][call][1] for name, call in places]
@@ -75,13 +75,55 @@ def example_gradients(
             yield index, _outer_sum(name, parts.pop(name), rows)
 
 
-def require_separate_rows(model: nn.Module, batch: Mapping[str, Any]) -> None:
-    """Check that each row of the batch is one example whose loss is its own.
+def adapter_losses(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    is_causal_lm: bool,
+    reduction: Reduction = "mean",
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Per-example losses that depend on an adapter; arguments as for ``example_gradients``.
+
+    Logits are computed from the first position on that any row is scored at, which with masked
+    prompts is a small part of them.
+
+    Returns:
+        losses: [B] in nats, NaN for rows without loss positions.
+        counts: [B] loss positions.
 
     Raises:
-        DataError: The batch is packed.
+        DataError: The batch is packed, or no factor took part.
         PlanError: The model's training loss couples the rows of a batch.
     """
+    _require_separate_rows(model, batch)
+    if is_causal_lm:
+        batch = _scored_tail(model, batch)
+    with _autocast(batch, compute_dtype):
+        losses, counts = model_example_losses(model, batch, is_causal_lm=is_causal_lm, reduction=reduction)
+    if not losses.requires_grad:
+        raise DataError(
+            "no LoRA factor took part in the forward; enable the adapter and unmerge it, "
+            "and choose target modules that the model calls."
+        )
+    return losses, counts
+
+
+def _scored_tail(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The batch with a request for the logits that have a label, where the model takes such requests."""
+    labels = batch.get("labels")
+    wrapper: Any = model
+    core = wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper
+    takes_requests = "logits_to_keep" in inspect.signature(type(core).forward).parameters
+    if not takes_requests or "logits_to_keep" in batch or not isinstance(labels, Tensor) or labels.dim() != 2:
+        return batch
+    scored = (labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero()
+    first = int(scored[0]) if len(scored) else 0
+    return {**batch, "labels": labels[:, first:], "logits_to_keep": labels.shape[1] - first}
+
+
+def _require_separate_rows(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Check that each row of the batch is one example whose loss is its own."""
     found = [key for key in _PACKING_KEYS if batch.get(key) is not None]
     if found or _restarts(batch.get("position_ids"), batch.get("attention_mask")):
         raise DataError(
@@ -95,20 +137,7 @@ def require_separate_rows(model: nn.Module, batch: Mapping[str, Any]) -> None:
         )
 
 
-def require_gradient(losses: Tensor) -> None:
-    """Check that the losses depend on the factors.
-
-    Raises:
-        DataError: They do not.
-    """
-    if not losses.requires_grad:
-        raise DataError(
-            "no LoRA factor took part in the forward; enable the adapter and unmerge it, "
-            "and choose target modules that the model calls."
-        )
-
-
-def autocast(batch: Mapping[str, Any], dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+def _autocast(batch: Mapping[str, Any], dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     """Mixed precision on the batch's device, or nothing without a type."""
     if dtype is None:
         return nullcontext()

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from hf_eff.contracts.selection import SelectionContext
 from hf_eff.engines.adapter import Adapter
 from hf_eff.engines.datastore import check_header, pool_fingerprint, write_header
-from hf_eff.engines.example_gradients import autocast, require_gradient, require_separate_rows
-from hf_eff.engines.scoring import model_example_losses, pool_batches
+from hf_eff.engines.example_gradients import adapter_losses
+from hf_eff.engines.scoring import pool_batches
 from hf_eff.engines.sidecar import load_state, save_state
 from hf_eff.errors import TrainingDivergedError
 from hf_eff.numerics.keyed_random import content_order, make_key, random_words
@@ -199,11 +199,15 @@ def _gradient(
     kept[rows] = context.pool.loss_lengths[rows]
     quiet = replace(context, progress=lambda batches, **_: batches)
     for positions, batch in pool_batches(quiet, replace(context.pool, loss_lengths=kept), "Warm-up"):
-        require_separate_rows(context.model, batch)
         keys = [int(value[:15], 16) for value in _hashes(context, positions)]
-        with torch.enable_grad(), autocast(batch, settings.compute_dtype), _dropout(adapter, settings, step, keys):
-            losses, _ = model_example_losses(context.model, batch, is_causal_lm=context.is_causal_lm, reduction="sum")
-        require_gradient(losses)
+        with torch.enable_grad(), _dropout(adapter, settings, step, keys):
+            losses, _ = adapter_losses(
+                context.model,
+                batch,
+                is_causal_lm=context.is_causal_lm,
+                reduction="sum",
+                compute_dtype=settings.compute_dtype,
+            )
         loss = losses.sum() / float(kept.sum())
         if not torch.isfinite(loss):
             raise TrainingDivergedError(f"the warm-up's loss is {loss.item()} at step {step}; lower its learning_rate.")

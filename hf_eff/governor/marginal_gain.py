@@ -213,7 +213,7 @@ class MarginalGain(Governor):
         }
 
     def _act_on(self, telemetry: Telemetry, details: dict[str, Any]) -> Decision:
-        """Stop on a rising loss, or when too little gain was expected over the whole confirmation span."""
+        """Stop on a rising loss, or when too little gain was expected for a while and the last probes agree."""
         if details["probability_rising"] > RISING:
             return Decision("stop", f"held-out loss rises (probability {details['probability_rising']:.3f})", details)
         if not details["too_little"]:
@@ -266,6 +266,6 @@ SPEC = MethodSpec(
     paper=Paper(
         title="Unifying Data, Memory, and Compute Efficiency in LLM training: A Survey", year=2026, arxiv="2606.10706"
     ),
-    traits=Traits(needs_reference_set=True, streaming=True),
+    traits=Traits(needs_reference_set=True, fsdp2=True, streaming=True),
     tiny={"num_examples": 4},
 )

@@ -1,65 +1,68 @@
-"""LESS: keep the examples whose gradient points where the target's gradient points.
+"""less: Keep the rows whose gradient points where the target's gradient points.
 
 Idea
-    Warm up a LoRA on a few rows. At each of E checkpoints take every example's LoRA gradient, scaled
-    as Adam would scale it, project it to D dims and compare it with the gradients of the target:
+    Warm up a LoRA on a few rows. At each of E checkpoints take the step that Adam would take on each
+    row, and the gradient of each target row; project both to D dims and compare their directions:
 
-        score[n] = max over groups s of the mean over r in s of sum_e w[e] cos(Gamma[e, n], g[e, r])
+        score[n] = max over groups s of the mean over r in s of sum_e w[e] cos(step[e, n], g[e, r])
 
-    with w[e] the learning rate of checkpoint e, normalised to sum 1.
+    with w[e] the learning rate of checkpoint e, as a share of their sum. ``variant`` says which
+    formulas run:
+
+        paper     Adam's step, bias-corrected, epsilon outside the root (arXiv:2402.04333, section 3.1);
+                  target gradients are averaged within a group, then compared
+        official  as in the authors' code: no bias correction, epsilon inside the root; cosines with
+                  each target row are averaged within a group
+        fixed     both put the row's own gradient into its scale, which after a short warm-up leaves
+                  little more than signs, and add the running mean, one direction shared by all rows.
+                  Here the scale is Adam's second moment of the warm-up alone, blended with its mean
+                  over the adapter as far as its t steps fall short of 1 / (1 - beta2), and without
+                  the running mean; cosines are averaged within a group
 
 Cost      N pool rows, V target rows, T mean tokens, F forward FLOPs of a row, A adapter parameters
-    flops   E (N + V) (2 F + 6 A T + 2 A D) + the warm-up, E (2 F + 6 A T) for each of its rows
-    disk    2 E N D bytes in half precision, and 12 E A for the checkpoints
-    peak    a LoRA training step of 4,096 tokens, plus one factor's gradients of a batch
+    flops  E*(N + V)*(2*F + 6*A*T + 2*A*D), and E*(2*F + 6*A*T) for each warm-up row
+    disk   E*D*(2*N + 4*V) bytes of features, 12*E*A of checkpoints
+    peak   one LoRA step of ``gradient_tokens`` tokens above the loaded model
 
-Use when   a small trusted target set exists and the pool is mixed.
-Avoid when the pool is so large that E passes with gradients over it cost more than training on it.
-Differs    per-example gradients are taken in batches, not one by one; groups are named, not equal
-           contiguous blocks; ties are broken by content, so that the order of the rows plays no part;
-           the warm-up keeps dropout of the base model off. ``variant`` says which formulas run:
+Use when
+    A small target set exists that stands for the task, and the pool is mixed.
 
-    paper      Adam's step with bias correction and epsilon outside the root; target gradients are
-               averaged within a group, then compared (sections 3 and 4.2 of the paper)
-    official   as in the authors' code: no bias correction, epsilon inside the root; cosines with
-               each target gradient are averaged within a group
-    fixed      the paper's Adam scaling without the running mean, which adds one and the same
-               direction to every row and most to rows of small gradient; cosines averaged within a
-               group, so that one target row with a long gradient does not speak for its group
+Avoid when
+    E passes with gradients over the pool cost more than training on it, or nothing but the format
+    of the target is known.
 
-Paper      LESS: Selecting Influential Data for Targeted Instruction Tuning (2024), arXiv:2402.04333
-Code       princeton-nlp/LESS
+Differs
+    Gradients of single examples are taken in batches, not one by one. Groups go by name, not by
+    equal contiguous blocks. Ties are broken by content, so that the order of the rows plays no part.
+    The default adapter is smaller (rank 8, not 128). Dropout of the base model stays off.
+
+Paper
+    LESS: Selecting Influential Data for Targeted Instruction Tuning (2024), arXiv:2402.04333
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
-import numpy as np
 import torch
 
 from hf_eff.contracts.cost import Cost, Facts
 from hf_eff.contracts.memory import BatchShape
 from hf_eff.contracts.selection import Picks, Pool, SelectionContext
 from hf_eff.contracts.spec import MethodSpec, Paper, Traits, knob
-from hf_eff.engines.adapter import Adapter, LoraShape, temporary_adapter
-from hf_eff.engines.datastore import FeatureStore, model_fingerprint, tensors_fingerprint
-from hf_eff.engines.gradient_features import FeatureRecipe, backward_context, pool_features
+from hf_eff.engines.adapter import LoraShape
+from hf_eff.engines.gradient_trace import GradientTrace, TraceSettings, trace_gradients, with_hashes
 from hf_eff.engines.influence import Influence
 from hf_eff.engines.pool_size import SizedConfig
-from hf_eff.engines.scoring import scoring_mode
-from hf_eff.engines.warmup import WarmupCheckpoint, WarmupSettings, untrained, warm_up
+from hf_eff.engines.warmup import WarmupSettings
 from hf_eff.errors import DataError
 from hf_eff.numerics.adam_direction import ADAM_VARIANTS, AdamScaling
-from hf_eff.numerics.example_loss import Reduction
+from hf_eff.numerics.example_loss import REDUCTIONS, Reduction
 from hf_eff.numerics.flops import forward_flops
-from hf_eff.numerics.keyed_random import content_order
-from hf_eff.numerics.projection import RademacherProjector
 from hf_eff.numerics.ranking import rank
-from hf_eff.numerics.row_hash import row_hashes
 
 # N pool rows, V target rows, E checkpoints, A adapter parameters, D numbers of a feature
 
@@ -87,7 +90,7 @@ class LessConfig(SizedConfig):
     group_reduce: str = knob("max", "How groups make one score.", choices=("max", "mean"), paper="max")
     group_column: str | None = knob(None, "Column of the target that names each row's group.")
     similarity: str = knob("cosine", "Compare directions, or also lengths.", choices=("cosine", "dot"), paper="cosine")
-    reduction: str = knob("mean", "An example's loss per token, in all, or between.", choices=("mean", "sum", "sqrt"))
+    reduction: str = knob("mean", "An example's loss per token, in all, or between.", choices=REDUCTIONS)
     dims: int | None = knob(
         None, "Width of the projection; None: 4096 up to 1e9 parameters, else 8192.", low=1, paper="8192"
     )
@@ -107,7 +110,7 @@ class LessConfig(SizedConfig):
         "auto", "Type of the forward: that of the weights, or autocast.", choices=("auto", "bfloat16"), paper="bfloat16"
     )
     gradient_tokens: int = knob(
-        4096,
+        2048,
         "Tokens, padding included, of a batch with gradients; never above the scoring batch.",
         low=1,
         unit="tokens",
@@ -118,11 +121,6 @@ class LessConfig(SizedConfig):
         """The options that the variant decides unless they are given."""
         given = {name: getattr(self, name) for name in _VARIANTS[self.variant]}
         return {**_VARIANTS[self.variant], **{name: value for name, value in given.items() if value is not None}}
-
-    @property
-    def compute_dtype(self) -> torch.dtype | None:
-        """Type for mixed precision."""
-        return torch.bfloat16 if self.dtype == "bfloat16" else None
 
     @property
     def num_checkpoints(self) -> int:
@@ -148,126 +146,63 @@ class Less:
             DataError: There is no target or no valid row, or gradients are not finite.
             ManifestError: ``context.store_dir`` holds features of other rows, options or another model.
         """
-        config, target = self.config, _with_hashes(_target(context))
-        context = replace(context, pool=_with_hashes(context.pool))
-        config.limit(context.pool)  # refuses an impossible size before anything is computed
-        shape = LoraShape(config.lora_r, config.lora_alpha, config.target_modules)
-        with scoring_mode(context.model):
-            known = {"model": model_fingerprint(context.model)}
-            with temporary_adapter(context.model, shape, context.seed) as adapter:
-                checkpoints = self._warm_up(context, adapter, known)
-                recipe = self._recipe(context, adapter)
-                features = [
-                    self._features(context, target, recipe, checkpoint, {**known, "checkpoint": number})
-                    for number, checkpoint in enumerate(checkpoints)
-                ]
-        facts = {
-            "adapter": "fresh" if adapter.is_new else "the model's own",
-            "adapter_params": adapter.num_params,
-            "dims": recipe.projector.width,
-            "projected": not recipe.projector.is_identity,
-            "warmup_rows": len(self._warmup_rows(context.pool, context.seed)),
-            "warmup_steps": checkpoints[-1].step,
-        }
-        return self._picks(context.pool, features, [checkpoint.learning_rate for checkpoint in checkpoints], facts)
+        target, pool = with_hashes(_target(context)), with_hashes(context.pool)
+        self.config.limit(pool)  # refuses an impossible size before anything is computed
+        groups = self._groups(target)
+        trace = trace_gradients(replace(context, pool=pool), target, self._settings(context))
+        return self._picks(pool, trace, groups)
 
-    def _warm_up(self, context: SelectionContext, adapter: Adapter, known: Mapping[str, Any]) -> list[WarmupCheckpoint]:
-        config, rows = self.config, self._warmup_rows(context.pool, context.seed)
-        if not len(rows):
-            return [untrained(adapter)]
-        settings = WarmupSettings(
+    def _groups(self, target: Pool) -> Sequence[str]:
+        """Group of each target row."""
+        if self.config.group_column is not None and target.groups is None:
+            raise DataError(
+                f"group_column={self.config.group_column!r} was given and the target has no groups; "
+                "in a trainer, pass eval_dataset as a dict with one set a group."
+            )
+        return target.groups or ["the target"] * len(target)
+
+    def _settings(self, context: SelectionContext) -> TraceSettings:
+        config = self.config
+        warmup = WarmupSettings(
             epochs=config.warmup_epochs,
             batch_size=config.warmup_batch_size,
             learning_rate=context.learning_rate if config.learning_rate is None else config.learning_rate,
             dropout=config.lora_dropout,
             seed=context.seed,
-            compute_dtype=config.compute_dtype,
+            compute_dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
         )
-        paid = backward_context(context, adapter, config.gradient_tokens)
-        folder = context.store_dir / "warmup" if context.store_dir else None
-        return warm_up(paid, adapter, rows, settings, folder=folder, header=known)
-
-    def _warmup_rows(self, pool: Pool, seed: int) -> np.ndarray:
-        """A random share of the valid rows, drawn by content."""
-        valid = np.flatnonzero(pool.loss_lengths > 0)
-        if not self.config.warmup_epochs or not self.config.warmup_fraction:
-            return valid[:0]
-        hashes = pool.row_hash or ()
-        order = content_order([hashes[int(row)] for row in valid], seed)
-        return valid[order][: max(1, round(self.config.warmup_fraction * len(valid)))]
-
-    def _recipe(self, context: SelectionContext, adapter: Adapter) -> FeatureRecipe:
-        params = sum(parameter.numel() for parameter in context.model.parameters())
-        sizes = tuple(math.prod(shape) for shape in adapter.shapes.values())
-        return FeatureRecipe(
-            adapter=adapter,
-            projector=RademacherProjector(sizes, self.config.width(params), self.config.proj_seed),
-            reduction=cast("Reduction", self.config.reduction),
-            compute_dtype=self.config.compute_dtype,
+        return TraceSettings(
+            shape=LoraShape(config.lora_r, config.lora_alpha, config.target_modules),
+            warmup=warmup,
+            warmup_fraction=config.warmup_fraction,
+            scaling=AdamScaling(config.resolved["adam_variant"], config.resolved["include_momentum"]),
+            dims=config.width(sum(parameter.numel() for parameter in context.model.parameters())),
+            proj_seed=config.proj_seed,
+            reduction=cast("Reduction", config.reduction),
+            store_dtype=config.store_dtype,
+            gradient_tokens=config.gradient_tokens,
         )
 
-    def _features(
-        self,
-        context: SelectionContext,
-        target: Pool,
-        recipe: FeatureRecipe,
-        checkpoint: WarmupCheckpoint,
-        known: Mapping[str, Any],
-    ) -> _Features:
-        """Scaled gradients of the pool and plain ones of the target, at one checkpoint."""
-        recipe.adapter.load(checkpoint.weights)
-        scaling = AdamScaling(self.config.resolved["adam_variant"], self.config.resolved["include_momentum"])
-        first, second = (
-            [moment[name].to(context.device).flatten() for name in recipe.adapter.factors]
-            for moment in (checkpoint.first_moment, checkpoint.second_moment)
-        )
-        paid = backward_context(context, recipe.adapter, self.config.gradient_tokens, recipe.projector)
-        folder = context.store_dir / f"checkpoint-{known['checkpoint']}" if context.store_dir else None
-        header = {**known, "weights": tensors_fingerprint(checkpoint.weights)}
-        goal = pool_features(paid, target, recipe, folder=folder and folder / "target", header=header)
-        pool = pool_features(
-            paid,
-            context.pool,
-            recipe,
-            dtype=self.config.store_dtype,
-            folder=folder and folder / "pool",
-            header={**header, "scaling": vars(scaling)},
-            direction=scaling.at(first, second, checkpoint.step),
-        )
-        return _Features(pool, goal, target.groups or ["the target"] * len(target))
-
-    def _picks(
-        self, pool: Pool, features: Sequence[_Features], rates: Sequence[float], facts: Mapping[str, Any]
-    ) -> Picks:
-        """Compare, rank and take; checkpoints count by their learning rate."""
+    def _picks(self, pool: Pool, trace: GradientTrace, members: Sequence[str]) -> Picks:
+        """Compare, rank and take. ``members`` names the group of each target row."""
         config = self.config
         influence = Influence(config.similarity, config.resolved["val_agg"], config.group_reduce)
-        weights = [rate / sum(rates) if sum(rates) else 1 / len(rates) for rate in rates]
-        queries = [influence.queries(each.target, each.groups) for each in features]
+        queries = [influence.queries(target, members) for target in trace.targets]
         groups = sorted(set.intersection(*map(set, queries)))
         stacked = [torch.stack([query[group] for group in groups]) for query in queries]
-        scores, closest = influence.scores([each.pool for each in features], stacked, weights)
+        scores, closest = influence.scores(trace.pools, stacked, trace.weights)
         order = rank(scores, descending=True, ties=pool.row_hash)
         if not len(order):
             raise DataError("no row of the pool has a finite gradient; check the model's weights and dtype.")
         positions = config.take(order, pool)
         word = "cos" if config.similarity == "cosine" else "influence"
-        notes = {"variant": config.variant, **config.resolved, "checkpoint_weights": weights, "groups": groups}
+        notes = {"variant": config.variant, **config.resolved, "checkpoint_weights": list(trace.weights)}
         return Picks(
             positions=positions,
             scores=scores,
             reasons=[f"{word} {scores[row]:.3g} to {groups[closest[row]]}" for row in positions],
-            notes={**notes, **facts, "num_scored": len(order)},
+            notes={**notes, **trace.facts, "groups": groups, "num_scored": len(order)},
         )
-
-
-@dataclass(frozen=True)
-class _Features:
-    """Features of pool and target at one checkpoint, and the group of each target row."""
-
-    pool: FeatureStore
-    target: FeatureStore
-    groups: Sequence[str]
 
 
 def _target(context: SelectionContext) -> Pool:
@@ -276,12 +211,6 @@ def _target(context: SelectionContext) -> Pool:
             "selection='less' needs target rows with tokens that carry loss; pass target= (eval_dataset in a trainer)."
         )
     return context.reference
-
-
-def _with_hashes(pool: Pool) -> Pool:
-    if pool.row_hash is not None:
-        return pool
-    return replace(pool, row_hash=row_hashes([pool.rows[row] for row in range(len(pool))]))
 
 
 def cost(config: LessConfig, facts: Facts) -> Cost:
@@ -309,14 +238,14 @@ SPEC = MethodSpec(
     name="less",
     kind="selection",
     slot="pool",
-    summary="keep the examples whose gradient points where the target's gradient points.",
+    summary="Keep the rows whose gradient points where the target's gradient points.",
     config=LessConfig,
     build=Less,
     cost=cost,
     paper=Paper(
         title="LESS: Selecting Influential Data for Targeted Instruction Tuning", year=2024, arxiv="2402.04333"
     ),
-    traits=Traits(deterministic=False, needs_model=True, needs_reference_set=True, packing=False),
+    traits=Traits(deterministic=False, needs_model=True, needs_reference_set=True),
     tiny={
         "fraction": 0.25,
         "dims": 256,

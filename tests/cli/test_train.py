@@ -1,6 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -172,11 +178,27 @@ def test_the_resume_command_that_is_printed_resumes(named, tmp_path, capsys):
     whole = json.loads(capsys.readouterr().out)["report"]
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
     (tmp_path / "out" / "model.safetensors").unlink()
-    import shutil
-
     shutil.rmtree(tmp_path / "out" / "checkpoint-4")
     assert main(["train", *words, "--resume_from_checkpoint", "last"]) == 0
     resumed = json.loads(capsys.readouterr().out)["report"]
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
     for currency in ("flops", "tokens", "steps"):
         assert resumed["currencies"][currency]["measured"] == whole["currencies"][currency]["measured"]
+
+
+def test_ctrl_c_in_the_middle_of_a_run_ends_it_with_130_and_the_command_that_goes_on(named, tmp_path):
+    out = tmp_path / "out"
+    words = [*named, *SHORT, *HALF, "--output_dir", str(out), "--max_steps", "100000", "--save_steps", "2"]
+    command = [sys.executable, "-m", "hf_eff.cli", "train", *words]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 240
+        while not any(out.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.2)
+        os.kill(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    (sentence,) = [line for line in errors.splitlines() if line.startswith("hf-eff: ")]
+    assert sentence.startswith("hf-eff: interrupted; go on with: hf-eff train --model")
+    assert sentence.endswith("--resume_from_checkpoint last")
+    assert "Traceback" not in errors

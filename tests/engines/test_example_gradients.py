@@ -281,3 +281,14 @@ def test_an_adapter_that_is_switched_off_is_reported():
                 module._disable_adapters = True
         with pytest.raises(DataError, match="no LoRA factor took part"):
             next(example_gradients(model, adapter.factors, padded(rows_of(model)), is_causal_lm=True))
+
+
+def test_logits_without_a_label_are_not_computed():
+    model, seen = tiny_model(), []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    rows = rows_of(model)
+    with temporary_adapter(model, LoraShape()) as adapter:
+        list(example_gradients(model, adapter.factors, padded(rows), is_causal_lm=True))
+        list(example_gradients(model, adapter.factors, padded(rows, "left"), is_causal_lm=True))
+    # The earliest label to the right of a padded prompt is at 2, to the right of padding at 6; one less predicts it.
+    assert seen == [12 - 1, 12 - 5]
