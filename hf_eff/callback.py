@@ -113,11 +113,14 @@ class GovernorCallback(TrainerCallback):
         self._clock.__enter__()
 
     def _probe(self, args: Any) -> GainProbe:
+        config, limit = self._resolved.governor.config, self._resolved.budget.limits.get("flops")
+        allowance = getattr(config, "probe_allowance", None)
         return GainProbe(
             self._rows,
             self._collate,
             is_causal_lm=self._facts.is_causal_lm,
-            num_examples=getattr(self._resolved.governor.config, "num_examples", 128),
+            num_examples=getattr(config, "num_examples", 128),
+            max_flops=allowance(limit) if allowance is not None and limit is not None else math.inf,
             seed=args.seed,
             forward_flops=lambda batch, length: forward_flops(self._facts, BatchShape(batch, length)),
             rank=self._ranks.rank,

@@ -67,21 +67,29 @@ def _supervisor(trainer: Any, run: BudgetedRun) -> Supervisor:
         chosen.build(),
         run.ledger,
         run.ranks,
-        compute_limit=sum(plan.flops.values()),
+        compute_limit=_expected_flops(plan),
         max_steps=plan.steps or 0,
         probe=probe,
         log=GovernorLog(run.directory.governor_log) if probe is not None else None,
     )
 
 
+def _expected_flops(plan: Plan) -> float:
+    """FLOPs up to the step at which plan or budget end the run."""
+    steps = plan.stop_step if plan.stop_step is not None else plan.steps or 0
+    return plan.flops["select"] + plan.flops["probe"] + plan.step_flops * steps
+
+
 def _probe(trainer: Any, run: BudgetedRun) -> GainProbe:
-    facts = run.model
+    facts, config = run.model, run.plan.resolved.governor.config
+    allowance = getattr(config, "probe_allowance", None)
     rows, _ = reference_rows(trainer, trainer.selection_stage.unpacked_reference)
     return GainProbe(
         rows,
         scoring_collator(trainer),
         is_causal_lm=facts.is_causal_lm,
-        num_examples=getattr(run.plan.resolved.governor.config, "num_examples", 128),
+        num_examples=getattr(config, "num_examples", 128),
+        max_flops=allowance(_expected_flops(run.plan)) if allowance is not None else float("inf"),
         seed=trainer.args.seed,
         forward_flops=lambda batch, length: forward_flops(facts, BatchShape(batch, length)),
         rank=run.ranks.rank,
@@ -105,6 +113,8 @@ def finish_run(trainer: Any, run: BudgetedRun) -> dict[str, Any]:
         environment(getattr(getattr(trainer.model, "config", None), "_name_or_path", None) or None),
     )
     if run.ranks.is_first:
+        if run.supervisor is not None and run.supervisor.log is not None:
+            run.supervisor.log.finish({"steps": run.steps_done, "ended": run.stop.reason})
         run.directory.write_report(report)
     return report
 

@@ -112,8 +112,6 @@ class Supervisor:
             return need[self.currency]
         if self.currency == "share":
             return self.ledger.budget.share({**need, "seconds": self._seconds(need, telemetry)})
-        if self.currency == "steps":
-            return 0.0
         return self._seconds(need, telemetry) * _per_second(telemetry.spent, self.currency)
 
     def _seconds(self, need: Mapping[str, float], telemetry: Telemetry) -> float:
@@ -141,8 +139,11 @@ class Supervisor:
 
 
 def governing_currency(budget: Budget) -> str:
-    """The one additive currency of a budget, ``"share"`` for several, FLOPs for none."""
-    additive = [currency for currency in budget.limits if currency != "bytes"]
+    """The one additive currency of a budget, ``"share"`` for several, FLOPs for none or for steps alone.
+
+    Steps do not price a probe, so FLOPs stand in for them.
+    """
+    additive = [currency for currency in budget.limits if currency not in ("bytes", "steps")]
     if len(additive) == 1:
         return additive[0]
     return "share" if additive else "flops"
