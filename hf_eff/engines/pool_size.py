@@ -90,6 +90,8 @@ class SizedConfig(MethodConfig):
         """
         used = np.cumsum(self.units(pool)[ranked])
         kept = ranked[: int(np.searchsorted(used, self.limit(pool), side="right"))]
+        if not len(ranked):
+            raise DataError("no row of the pool has a finite score, so none can be chosen.")
         if not len(kept):
             raise DataError(
                 f"num_tokens={self.num_tokens} is less than the {int(self.units(pool)[ranked[0]])} tokens "

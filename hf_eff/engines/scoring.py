@@ -35,6 +35,7 @@ _HOOK_TABLES = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+_CAPTURE_HOOKS = "transformers.utils.output_capturing"
 _TENSOR_HOOK_TABLES = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
@@ -280,9 +281,11 @@ def _restore_hooks(owner: nn.Module | Tensor, tables: Mapping[str, dict[int, Any
     for name, before in tables.items():
         now = getattr(owner, name, None)
         if now is not None and dict(now) != (before or {}):
-            # In place: handles that callers hold refer to this very table.
+            # In place: handles that callers hold refer to this very table. What transformers installed on
+            # first use stays: it marks the model as hooked and would never install them again.
+            kept = {key: hook for key, hook in now.items() if getattr(hook, "__module__", "") == _CAPTURE_HOOKS}
             now.clear()
-            now.update(before or {})
+            now.update({**(before or {}), **kept})
 
 
 @contextmanager

@@ -225,10 +225,11 @@ def _check_schedule(schedule: BlockSchedule, total_steps: int) -> None:
         raise PlanError(f"start_block={schedule.start} does not exist; there are {blocks} blocks, from 0.")
     if schedule.mode != "fixed" and 0 < total_steps < cycle:
         visited = -(-total_steps // schedule.switch_every)
+        left = "the others stay as they are" if visited < blocks else "the last one is cut short"
         warnings.warn(
             OutsideIntendedUseWarning(
-                f"memory='badam' visits {visited} of {blocks} blocks in {total_steps} steps; the others stay as they "
-                f"are. One cycle takes {cycle} steps; set switch_every to at most {max(1, total_steps // blocks)}."
+                f"memory='badam' visits {visited} of {blocks} blocks in {total_steps} steps; {left}. "
+                f"One cycle takes {cycle} steps; set switch_every to at most {max(1, total_steps // blocks)}."
             ),
             stacklevel=3,
         )

@@ -335,3 +335,13 @@ def test_a_stop_request_ends_scoring_between_batches():
     context = context_of(model, rows, batch_tokens=16, stop_requested=lambda: next(answers))
     with pytest.raises(ScoringStoppedError, match="Scoring: stopped on request"):
         pool_losses(context, context.pool)
+
+
+def test_hidden_states_can_still_be_asked_for_after_scoring():
+    """transformers installs its capture hooks on first use; taking them away would lose later outputs."""
+    model = tiny_model(2, 32)
+    ids = torch.tensor([[5, 6, 7]])
+    with scoring_mode(model):
+        inside = model(input_ids=ids, output_hidden_states=True).hidden_states
+    outside = model(input_ids=ids, output_hidden_states=True).hidden_states
+    assert len(outside) == len(inside) == 3
