@@ -46,8 +46,8 @@ class Size:
     batch_size: int = 8
 
 
-FULL = Size(families=12, per_family=40, target_rows=32, test_rows=64, keep=40, steps=40, dims=2048, checkpoints=1)
-FAST = Size(families=6, per_family=16, target_rows=12, test_rows=24, keep=16, steps=8, dims=512, checkpoints=1)
+FULL = Size(families=12, per_family=40, target_rows=32, test_rows=64, keep=40, steps=10, dims=2048, checkpoints=1)
+FAST = Size(families=6, per_family=16, target_rows=12, test_rows=24, keep=16, steps=4, dims=512, checkpoints=1)
 
 
 @dataclass(frozen=True)
