@@ -28,7 +28,12 @@ if TYPE_CHECKING:
     from hf_eff.plan import Plan
 
 BUDGET_SHARE = 1.15
-"""Part of what the plan predicts for the whole first run that it may spend."""Part of what the plan predicts for the whole first run that it may spend; row lengths are estimates."""How much work a demo does."""
+"""Part of what the plan predicts for the whole first run that it may spend; lengths of rows are estimates."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much work a demo does."""
 
     families: int
     per_family: int
@@ -88,7 +93,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     add("--eval_dataset", help="target rows of that dataset; half of them are kept for the final test")
     add("--memory", default="full", help="memory method of both runs (full)")
     add("--learning_rate", type=float, default=2e-5, help="constant learning rate of both runs (2e-5)")
-    add("--budget", help="budget of the first run; 115%% of the FLOPs the plan predicts by default")
+    add("--budget", help="budget of the first run; by default 115%% of the FLOPs the plan predicts")
     add("--seed", type=int, default=0, help="equal seeds give equal runs (0)")
     add("--output_dir", type=Path, default=Path("demo_out"), help="folder of the results (demo_out)")
     add("--json", action="store_true", help="print one JSON object on stdout and the rest on stderr")
