@@ -8,6 +8,7 @@ tokens. Both are judged on rows of the target that neither has seen.
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,8 @@ def run(argv: Sequence[str]) -> int:
     options = _options(argv)
     size = FAST if options.fast else FULL
     folder = require_writable(options.output_dir)
+    # Intermediate scores of an earlier demo with other settings would be refused.
+    shutil.rmtree(folder / "less" / "_selection_store", ignore_errors=True)
     with stdout_reserved(options.json):
         rows = load_demo_rows(options, size)
         outcome = compare(options, size, rows, folder)
