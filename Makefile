@@ -16,6 +16,8 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
+# Not nproc: it answers with OMP_NUM_THREADS where that is set.
+THREADS := $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -32,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	OMP_NUM_THREADS=$$(nproc) $(BIN)/hf-eff demo $(if $(FAST),--fast) $(DEMO_ARGS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/hf-eff demo $(if $(FAST),--fast) $(DEMO_ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not gpu" $(TEST_ARGS)
@@ -54,7 +56,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	for script in benchmarks/*.py; do echo "== $$script"; OMP_NUM_THREADS=$$(nproc) $(BIN)/python $$script || exit 1; done
+	for script in benchmarks/*.py; do echo "== $$script"; OMP_NUM_THREADS=$(THREADS) $(BIN)/python $$script || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist demo_out .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
