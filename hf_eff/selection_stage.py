@@ -122,6 +122,7 @@ class SelectionStage:
             progress=_progress(disable=trainer.args.disable_tqdm),
             learning_rate=trainer.args.learning_rate,
             is_causal_lm=run.model.is_causal_lm,
+            tokenizer=trainer.processing_class,
         )
         raw = self._raw_rows()
         return run_selection(
@@ -146,6 +147,7 @@ class SelectionStage:
             pool,
             index=index,
             row_hash=[hashes[position] for position in index],
+            examples=self._raw.select(index),
             sources=None if sources is None else [sources[position] for position in index],
         )
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 
@@ -26,6 +27,7 @@ class Pool:
         groups: [N] sub-task of each row (targets), or None.
         row_hash: [N] content hash (hex) of each row: the tie-break that makes a selection
             independent of row order.
+        examples: Indexable rows as the user has them (text, messages), one a row, or None.
     """
 
     rows: Any
@@ -35,10 +37,59 @@ class Pool:
     sources: Sequence[str] | None = None
     groups: Sequence[str] | None = None
     row_hash: Sequence[str] | None = None
+    examples: Any = None
 
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.index)
+
+    def take(self, positions: Sequence[int] | np.ndarray) -> Pool:
+        """The pool of some of its rows, in the order given."""
+        places = np.asarray(positions, dtype=np.int64)
+
+        def some(values: Any) -> Any:
+            return None if values is None else [values[int(place)] for place in places]
+
+        return replace(
+            self,
+            rows=_Chosen(self.rows, places),
+            index=np.asarray(self.index)[places],
+            lengths=np.asarray(self.lengths)[places],
+            loss_lengths=np.asarray(self.loss_lengths)[places],
+            sources=some(self.sources),
+            groups=some(self.groups),
+            row_hash=some(self.row_hash),
+            examples=None if self.examples is None else _Chosen(self.examples, places),
+        )
+
+
+class _Chosen:
+    """Some rows of an indexable, read when they are asked for."""
+
+    def __init__(self, rows: Any, places: np.ndarray) -> None:
+        self._rows = rows
+        self._places = places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, place: int) -> Any:
+        return self._rows[int(self._places[place])]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model to score with, and what it costs.
+
+    Attributes:
+        model: The model; whoever scores leaves it as found.
+        forward_flops: FLOPs of one forward of a [batch, length] block.
+        device: Where it lives.
+    """
+
+    model: Any
+    forward_flops: Callable[[int, int], float]
+    device: Any = "cpu"
 
 
 @dataclass
@@ -63,6 +114,9 @@ class SelectionContext:
         learning_rate: Learning rate of the run, the default of a warm-up.
         is_causal_lm: Whether labels are shifted by one.
         stop_requested: Polled between batches; a selector stops cleanly when it returns True.
+        tokenizer: Tokenizer of the model, or None where rows came tokenised without one.
+        proxy: A smaller model with the same tokenizer, or None.
+        prior: [N] scores that an earlier stage of a pipeline gave, higher is better, or None.
     """
 
     pool: Pool
@@ -80,6 +134,16 @@ class SelectionContext:
     learning_rate: float = 2e-5
     is_causal_lm: bool = True
     stop_requested: Callable[[], bool] = lambda: False
+    tokenizer: Any = None
+    proxy: Scorer | None = None
+    prior: np.ndarray | None = None
+
+    def by_proxy(self) -> SelectionContext:
+        """The context in which the proxy is the model; this one where there is no proxy."""
+        if self.proxy is None:
+            return self
+        proxy = self.proxy
+        return replace(self, model=proxy.model, forward_flops=proxy.forward_flops, device=proxy.device, proxy=None)
 
 
 @dataclass(frozen=True)

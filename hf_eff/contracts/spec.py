@@ -178,6 +178,8 @@ class Traits:
     """The result depends on options and data only, not on the seed."""
     needs_model: bool = False
     """Selection: scores with a model."""
+    uses_proxy: bool = False
+    """Selection: scores the whole pool with a smaller model where one is given."""
     needs_reference_set: bool = False
     """Selection or governor: needs ``eval_dataset`` as target."""
     needs_causal_lm: bool = False

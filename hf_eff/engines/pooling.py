@@ -110,6 +110,7 @@ def make_pool(
         sources=sources,
         groups=_names(rows, group_column or "group") or sources,
         row_hash=row_hashes(dataset, columns),
+        examples=rows,
     )
 
 

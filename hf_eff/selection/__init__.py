@@ -159,6 +159,7 @@ def select_dataset(
         generator=torch.Generator().manual_seed(seed),
         seed=seed,
         store_dir=None if output_dir is None else Path(output_dir) / "store",
+        tokenizer=getattr(processing_class, "tokenizer", processing_class),
         **scoring,
         **driver,
     )

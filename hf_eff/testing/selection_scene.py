@@ -16,7 +16,7 @@ import torch
 
 from hf_eff.contracts.cost import PoolFacts
 from hf_eff.contracts.memory import BatchShape
-from hf_eff.contracts.selection import Picks, Pool, SelectionContext
+from hf_eff.contracts.selection import Picks, Pool, Scorer, SelectionContext
 from hf_eff.contracts.spec import MethodSpec
 from hf_eff.engines.facts import model_facts
 from hf_eff.numerics.flops import forward_flops
@@ -100,22 +100,29 @@ def make_context(
     """
     seed = changes.pop("seed", SEED)
     # Eager attention: its result does not depend on which fused kernel a padded shape gets.
-    model = tiny_model(layers=2, width=32, attn_implementation="eager") if spec.traits.needs_model else None
-    facts = model_facts(model) if model is not None else None
+    scorer = _scorer(layers=2) if spec.traits.needs_model else None
     fields: dict[str, Any] = {
         "pool": toy_pool() if pool is None else pool,
         "reference": toy_target() if spec.traits.needs_reference_set else None,
-        "model": model,
         "collate": _padded(collator(), extra_padding),
         "generator": torch.Generator().manual_seed(seed),
         "seed": seed,
         "batch_tokens": BATCH_TOKENS,
         "store_dir": folder,
         "learning_rate": 1e-3,
+        "tokenizer": tiny_tokenizer(),
+        "proxy": _scorer(layers=1) if spec.traits.uses_proxy else None,
     }
-    if facts is not None:
-        fields["forward_flops"] = lambda rows, length: forward_flops(facts, BatchShape(rows, length))
+    if scorer is not None:
+        fields |= {"model": scorer.model, "forward_flops": scorer.forward_flops}
     return SelectionContext(**{**fields, **changes})
+
+
+def _scorer(layers: int) -> Scorer:
+    # Eager attention: its result does not depend on which fused kernel a padded shape gets.
+    model = tiny_model(layers=layers, width=32, attn_implementation="eager")
+    facts = model_facts(model)
+    return Scorer(model, lambda rows, length: forward_flops(facts, BatchShape(rows, length)))
 
 
 def _padded(collate: Callable[[list[Any]], Any], extra: int) -> Callable[[list[Mapping[str, Any]]], Any]:

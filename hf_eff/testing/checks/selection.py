@@ -158,7 +158,7 @@ def check_store_is_optional(spec: MethodSpec) -> None:
 
 
 def _needs_target(spec: MethodSpec) -> bool:
-    return spec.traits.needs_model and spec.traits.needs_reference_set
+    return spec.traits.needs_reference_set
 
 
 def _scores_with_model(spec: MethodSpec) -> bool:
