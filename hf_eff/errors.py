@@ -54,5 +54,9 @@ class NoEffectWarning(EffWarning):
     """A method ran and changed nothing."""
 
 
+class SelectionFallbackWarning(EffWarning):
+    """Rows were drawn at random instead of by the method asked for."""
+
+
 class OutsideIntendedUseWarning(EffWarning):
     """A method runs in a setting it was not made for."""

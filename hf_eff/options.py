@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from hf_eff import registry
 from hf_eff.contracts.budget import Budget
-from hf_eff.contracts.spec import Kind, MethodConfig, MethodSpec
+from hf_eff.contracts.spec import Kind, MethodConfig, MethodSpec, knob
 from hf_eff.errors import OptionError, PlanError
 
 GOVERNOR_MODES = ("act", "advise", "observe")
@@ -62,25 +62,66 @@ class Chosen:
         return self.spec.build(self.config)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PoolOptions(MethodConfig):
+    """Options of every selection before training, whatever its method."""
+
+    pipeline: tuple[Any, ...] = knob(
+        (), "Methods that narrow the pool before, in order: names, or {name: {option: value}}."
+    )
+    proxy_model: str | None = knob(
+        None, "Smaller model with the same tokenizer, for methods that can score with one: folder or Hub id."
+    )
+    verify: float | None = knob(
+        None, "Share of the rows that a proxy scored to score again with the model itself.", low=0.0, high=1.0
+    )
+    max_selection_fraction: float | None = knob(
+        None,
+        "Most that selection may take of all FLOPs; where it would take more, rows are drawn at random instead.",
+        low=0.0,
+        high=1.0,
+    )
+    expected_speedup: float = knob(
+        1.5, "How much faster than random rows the chosen ones are expected to teach, for the pay-back.", low=1.0
+    )
+
+
 @dataclass(frozen=True)
 class ResolvedOptions:
-    """Options with every name looked up and every value checked."""
+    """Options with every name looked up and every value checked.
+
+    Attributes:
+        options: What was given.
+        selection: Selection methods, one a slot.
+        memory: Memory methods, one a slot.
+        governor: The governor.
+        budget: The limits.
+        stages: Methods that narrow the pool before the selection method does, in order.
+        pool: Options of the selection before training.
+    """
 
     options: EffOptions
     selection: tuple[Chosen, ...]
     memory: tuple[Chosen, ...]
     governor: Chosen
     budget: Budget
+    stages: tuple[Chosen, ...] = ()
+    pool: PoolOptions = field(default_factory=PoolOptions)
 
     @property
     def methods(self) -> tuple[Chosen, ...]:
-        """All methods: selection, memory, governor."""
-        return (*self.selection, *self.memory, self.governor)
+        """All methods: selection with its earlier stages, memory, governor."""
+        return (*self.stages, *self.selection, *self.memory, self.governor)
+
+    @property
+    def pool_stages(self) -> tuple[Chosen, ...]:
+        """What narrows the pool before training, in order; empty when every row is trained on."""
+        return (*self.stages, *(chosen for chosen in self.selection if chosen.spec.slot == "pool"))
 
     @property
     def selects(self) -> bool:
         """Whether the pool is narrowed before training."""
-        return self.options.selection != "all"
+        return self.options.selection != "all" or bool(self.stages)
 
 
 def resolve_options(options: EffOptions) -> ResolvedOptions:
@@ -100,13 +141,52 @@ def resolve_options(options: EffOptions) -> ResolvedOptions:
     if governor == "budget" and not budget:
         raise OptionError("governor='budget' needs budget='...', for example budget='2h' or budget='3e15flop'.")
     governors = choose("governor", governor, options.governor_kwargs)
+    selection, stages, pool = choose_selection(options.selection, options.selection_kwargs)
     return ResolvedOptions(
         options=options,
-        selection=choose("selection", options.selection, options.selection_kwargs),
+        selection=selection,
         memory=choose("memory", options.memory, options.memory_kwargs),
         governor=governors[0],
         budget=budget,
+        stages=stages,
+        pool=pool,
     )
+
+
+def choose_selection(
+    names: str, kwargs: Mapping[str, Any] | str | None
+) -> tuple[tuple[Chosen, ...], tuple[Chosen, ...], PoolOptions]:
+    """Resolve selection methods, the stages before them and the options that all of them share.
+
+    Returns:
+        selection: One method a slot.
+        stages: Methods of ``pipeline``, in order.
+        pool: The shared options.
+
+    Raises:
+        UnknownMethodError: A name is not registered.
+        OptionError: An option belongs to no method, or a stage is malformed.
+        PlanError: Two methods of ``names`` fill the same slot, or a stage does not narrow a pool.
+    """
+    given = _as_mapping("selection", kwargs)
+    shared = {item.name: given.pop(item.name) for item in fields(PoolOptions) if item.name in given}
+    pool = PoolOptions.from_dict(shared)
+    return choose("selection", names, given), tuple(_stage(entry) for entry in pool.pipeline), pool
+
+
+def _stage(entry: Any) -> Chosen:
+    """A method of the pipeline, from its name or from ``{name: options}``."""
+    options: Mapping[str, Any] = {}
+    if isinstance(entry, str):
+        name = entry
+    elif isinstance(entry, Mapping) and len(entry) == 1:
+        name, options = next(iter(entry.items()))
+    else:
+        raise OptionError(f"a stage of pipeline is a name or {{name: options}}, got {entry!r}.")
+    chosen = choose("selection", name, options)
+    if len(chosen) != 1 or chosen[0].spec.slot != "pool":
+        raise PlanError(f"pipeline={name!r} does not narrow a pool; a stage is one method of the slot 'pool'.")
+    return chosen[0]
 
 
 def choose(kind: Kind, names: str, kwargs: Mapping[str, Any] | str | None) -> tuple[Chosen, ...]:

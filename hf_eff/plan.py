@@ -12,7 +12,8 @@ from hf_eff import registry
 from hf_eff.contracts.cost import MEMORY_TERMS, Cost, Facts
 from hf_eff.contracts.spec import MethodSpec, Traits
 from hf_eff.errors import PlanError
-from hf_eff.options import Chosen, EffOptions, ResolvedOptions, resolve_options
+from hf_eff.numerics.payback import PayBack
+from hf_eff.options import Chosen, EffOptions, ResolvedOptions, choose, resolve_options
 from hf_eff.units import format_amount, format_bytes, format_seconds
 
 
@@ -154,6 +155,13 @@ class Plan:
         total = sum(self.flops.values())
         return self.flops["select"] / total if total else 0.0
 
+    @property
+    def payback(self) -> PayBack | None:
+        """Whether selecting pays; None where every row is trained on or the steps are unknown."""
+        if not self.resolved.selects or not self.flops["train"]:
+            return None
+        return PayBack(self.flops["select"], self.flops["train"], self.resolved.pool.expected_speedup)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able copy."""
         options = self.resolved.options
@@ -177,6 +185,7 @@ class Plan:
                 "steps": self.steps,
                 "stop_step": self.stop_step,
                 "selection_share": self.selection_share,
+                "payback": None if self.payback is None else _payback_facts(self.payback),
             },
             "facts": dataclasses.asdict(self.facts),
             "warnings": list(self.warnings),
@@ -201,13 +210,12 @@ def make_plan(options: EffOptions, facts: Facts) -> Plan:
     """
     resolved = resolve_options(options)
     _refuse(resolved, facts)
-    rows = _selected_rows(resolved, facts)
+    rows, selection = _selection_cost(resolved, facts)
     trained = _with_rows(facts, rows)
     steps = planned_steps(trained)
     adapted, memory = _memory_cost(resolved, trained)
-    selection = [chosen.spec.cost(chosen.config, facts) for chosen in resolved.selection]
     step_flops = memory.step_flops * adapted.hardware.world_size
-    flops = {"select": sum(cost.flops for cost in selection), "train": step_flops * (steps or 0)}
+    flops = {"select": selection.flops, "train": step_flops * (steps or 0)}
     governor: Cost = resolved.governor.spec.cost(resolved.governor.config, adapted)
     plan = Plan(
         resolved=resolved,
@@ -218,9 +226,10 @@ def make_plan(options: EffOptions, facts: Facts) -> Plan:
         step_flops=step_flops,
         step_tokens=_step_tokens(trained),
         flops={**flops, "probe": governor.flops},
-        selection_tokens=sum(cost.tokens for cost in selection),
+        selection_tokens=selection.tokens,
         warnings=(),
     )
+    plan = _capped(plan)
     _refuse_budget(plan)
     return dataclasses.replace(plan, warnings=tuple(_warnings(plan)))
 
@@ -245,13 +254,38 @@ def _with_rows(facts: Facts, rows: int | None) -> Facts:
     return facts.replace(pool=dataclasses.replace(facts.pool, num_rows=rows))
 
 
-def _selected_rows(resolved: ResolvedOptions, facts: Facts) -> int | None:
-    rows = facts.pool.num_rows
-    if rows is None or not resolved.selects:
-        return rows
-    for chosen in resolved.selection:
-        rows = _kept(chosen, rows, facts.pool.mean_tokens)
-    return rows
+def _selection_cost(resolved: ResolvedOptions, facts: Facts) -> tuple[int | None, Cost]:
+    """Rows that are left to train on, and the cost of getting there stage by stage."""
+    rows, flops, tokens, disk = facts.pool.num_rows, 0.0, 0.0, 0.0
+    for chosen in (*resolved.stages, *resolved.selection):
+        cost: Cost = chosen.spec.cost(chosen.config, _with_rows(facts, rows))
+        flops, tokens, disk = flops + cost.flops, tokens + cost.tokens, disk + cost.disk_bytes
+        if rows is not None and resolved.selects:
+            rows = _kept(chosen, rows, facts.pool.mean_tokens)
+    return rows, Cost(flops=flops, tokens=tokens, disk_bytes=disk)
+
+
+def _capped(plan: Plan) -> Plan:
+    """The plan with random rows instead of chosen ones where choosing would take more than its share."""
+    share, resolved = plan.resolved.pool.max_selection_fraction, plan.resolved
+    if share is None or plan.flops["select"] <= share * (plan.flops["select"] + plan.flops["train"]):
+        return plan
+    asked, last = resolved.options.selection, resolved.pool_stages[-1]
+    size = getattr(last.config, "size", {"kind": "fraction", "value": 1.0})
+    mode = "balanced" if "source" in plan.facts.pool.columns else "plain"
+    drawn = choose("selection", "random", {size["kind"]: size["value"], "mode": mode})
+    others = tuple(chosen for chosen in resolved.selection if chosen is not last)
+    sentence = (
+        f"selection={asked!r} would take {plan.selection_share:.0%} of the FLOPs, more than the "
+        f"max_selection_fraction={share:g} allowed; {mode} random rows are drawn instead."
+    )
+    return dataclasses.replace(
+        plan,
+        resolved=dataclasses.replace(resolved, selection=(*drawn, *others), stages=()),
+        flops={**plan.flops, "select": 0.0},
+        selection_tokens=0.0,
+        warnings=(sentence,),
+    )
 
 
 def _kept(chosen: Chosen, rows: int, mean_tokens: float) -> int:
@@ -347,7 +381,7 @@ def _refuse_budget(plan: Plan) -> None:
 
 
 def _warnings(plan: Plan) -> list[str]:
-    found = []
+    found = list(plan.warnings)
     resolved, facts = plan.resolved, plan.facts
     if plan.stop_step == 0:
         found.append(f"budget {resolved.budget} does not cover one optimizer step; nothing will be trained.")
@@ -374,7 +408,7 @@ def _warnings(plan: Plan) -> list[str]:
 def _table(plan: Plan) -> list[str]:
     resolved = plan.resolved
     lines = [
-        f"{'selection':<12}{resolved.options.selection}",
+        f"{'selection':<12}{' then '.join(chosen.spec.name for chosen in resolved.pool_stages)}",
         f"{'memory':<12}{resolved.options.memory}",
         f"{'governor':<12}{resolved.governor.spec.name} ({resolved.options.governor_mode})",
         f"{'budget':<12}{resolved.budget or 'none'}",
@@ -389,8 +423,21 @@ def _table(plan: Plan) -> list[str]:
         *(f"{purpose:<16}{format_amount('flops', amount):>14}" for purpose, amount in plan.flops.items()),
         f"{'one step':<16}{format_amount('flops', plan.step_flops):>14}",
         f"{'time':<16}{'not measured' if plan.seconds is None else format_seconds(plan.seconds):>14}",
+        *([] if plan.payback is None else ["", f"pay-back: {plan.payback}"]),
     ]
     return lines + [f"note: {warning}" for warning in plan.warnings]
+
+
+def _payback_facts(payback: PayBack) -> dict[str, Any]:
+    """JSON-able: infinite uses are None."""
+    uses = payback.break_even_uses
+    return {
+        "speedup": payback.speedup,
+        "needed_speedup": payback.needed_speedup,
+        "break_even_uses": None if math.isinf(uses) else uses,
+        "pays": payback.pays(),
+        "verdict": str(payback),
+    }
 
 
 def _count(number: int | None) -> str:

@@ -18,6 +18,8 @@ from hf_eff.numerics.flops import forward_flops
 from hf_eff.numerics.row_hash import row_hashes
 from hf_eff.scoring_rows import reference_rows, scoring_collator, scoring_rows
 from hf_eff.selection import RowFormat, Selection, describe_dataset, describe_scorer, make_pool, run_selection
+from hf_eff.stages.choice import choice_of
+from hf_eff.stages.proxy import load_proxy
 
 if TYPE_CHECKING:
     from hf_eff.options import ResolvedOptions
@@ -106,12 +108,14 @@ class SelectionStage:
         return selection
 
     def _select(self, trainer: Any, run: BudgetedRun, pool: Pool) -> Selection:
-        chosen = self._resolved.selection[0]
-        reference = self._reference(trainer) if chosen.spec.traits.needs_reference_set else None
+        choice = choice_of(run.plan.resolved, run.plan.step_flops * (run.plan.steps or 0))
+        traits = [chosen.spec.traits for chosen in choice.stages]
+        reference = self._reference(trainer) if any(trait.needs_reference_set for trait in traits) else None
+        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         context = SelectionContext(
             pool=pool,
             reference=reference,
-            model=trainer.accelerator.unwrap_model(trainer.model) if chosen.spec.traits.needs_model else None,
+            model=trainer.accelerator.unwrap_model(trainer.model) if any(t.needs_model for t in traits) else None,
             collate=scoring_collator(trainer),
             generator=torch.Generator().manual_seed(trainer.args.seed),
             seed=trainer.args.seed,
@@ -122,12 +126,12 @@ class SelectionStage:
             progress=_progress(disable=trainer.args.disable_tqdm),
             learning_rate=trainer.args.learning_rate,
             is_causal_lm=run.model.is_causal_lm,
-            tokenizer=trainer.processing_class,
+            tokenizer=tokenizer,
+            proxy=load_proxy(choice.options.proxy_model, tokenizer, trainer.args.device),
         )
         raw = self._raw_rows()
         return run_selection(
-            chosen.spec,
-            chosen.config,
+            choice,
             context,
             dataset_facts=describe_dataset(raw, replace(pool, row_hash=self._raw_hashes)),
             scorer=describe_scorer(context.model, trainer.processing_class, getattr(trainer.args, "max_length", None)),

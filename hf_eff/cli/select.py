@@ -98,17 +98,20 @@ def _select(options: argparse.Namespace, folder: Path) -> tuple[Dataset, Selecti
     """Load only what the method needs, then run it."""
     from hf_eff.cli.columns import name_columns
     from hf_eff.cli.sources import load_model, load_rows
-    from hf_eff.selection import pool_method, select_dataset
+    from hf_eff.selection import choose_pool, select_dataset
 
-    spec = pool_method(options.selection)
-    spec.config.from_dict(options.selection_kwargs)  # names and bounds, before anything is loaded
+    # Names and bounds, before anything is loaded.
+    specs = [chosen.spec for chosen in choose_pool(options.selection, options.selection_kwargs).stages]
+    scores = any(spec.traits.needs_model for spec in specs)
     names = {"text": options.text_column, "prompt": options.prompt_column, "completion": options.completion_column}
     pool = name_columns(
         load_rows(options.dataset, split=options.split, config=options.dataset_config), names, options.dataset
     )
-    target = _target(options, needed=spec.traits.needs_reference_set, names=names)
-    if options.model is None and (spec.traits.needs_model or "input_ids" not in pool.column_names):
-        raise DataError(f"{spec.address} needs --model, whose tokenizer (and, to score, whose weights) it uses.")
+    target = _target(options, needed=any(spec.traits.needs_reference_set for spec in specs), names=names)
+    if options.model is None and (scores or "input_ids" not in pool.column_names):
+        raise DataError(
+            f"selection={options.selection!r} needs --model, whose tokenizer (and, to score, whose weights) it uses."
+        )
     model, tokenizer = None, None
     if options.model is not None:
         model, tokenizer = load_model(options.model, options.dtype, options.cache_dir)
@@ -117,7 +120,7 @@ def _select(options: argparse.Namespace, folder: Path) -> tuple[Dataset, Selecti
         pool,
         options.selection,
         target=target,
-        model=model if spec.traits.needs_model else None,
+        model=model if scores else None,
         processing_class=tokenizer,
         seed=options.seed,
         output_dir=folder,

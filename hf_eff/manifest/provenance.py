@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from hf_eff.contracts.selection import Picks, Pool, SelectionContext
-from hf_eff.contracts.spec import MethodConfig, MethodSpec
 from hf_eff.engines.pool_size import SizedConfig
 from hf_eff.errors import DataError
 from hf_eff.manifest.schema import build_manifest, describe_scores
 from hf_eff.numerics.row_hash import hash_of_hashes
+from hf_eff.options import Chosen
 
 _HUB_CACHE = re.compile(
     r"[/\\](?P<user>[\w.-]+)___(?P<name>[\w.-]+)[/\\](?P<config>[^/\\]+)[/\\][^/\\]+[/\\](?P<revision>[0-9a-f]{40})"
@@ -89,8 +89,7 @@ def check_picks(picks: Picks, pool: Pool, address: str) -> None:
 
 
 def selection_fields(
-    spec: MethodSpec,
-    config: MethodConfig,
+    chosen: Chosen,
     context: SelectionContext,
     picks: Picks,
     *,
@@ -98,6 +97,7 @@ def selection_fields(
     cost: Mapping[str, Any],
     scorer: Mapping[str, Any] | None = None,
     row_ids: Sequence[str] | None = None,
+    params: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What a ``Selection`` is made of: choice, reasons and provenance."""
     pool, positions = context.pool, np.asarray(picks.positions)
@@ -106,7 +106,7 @@ def selection_fields(
     return {
         "indices": indices,
         "manifest": build_manifest(
-            dataset, _about(spec, config, context, picks), scorer=scorer, scores=scores, cost=cost
+            dataset, _about(chosen, context, picks, params), scorer=scorer, scores=scores, cost=cost
         ),
         "row_hashes": None if pool.row_hash is None else [pool.row_hash[i] for i in positions.tolist()],
         "scores": None if picks.scores is None else picks.scores[positions],
@@ -117,11 +117,16 @@ def selection_fields(
     }
 
 
-def _about(spec: MethodSpec, config: MethodConfig, context: SelectionContext, picks: Picks) -> dict[str, Any]:
-    invalid = _invalid_rows(picks, context.pool)
+def _about(
+    chosen: Chosen,
+    context: SelectionContext,
+    picks: Picks,
+    params: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    invalid, config = _invalid_rows(picks, context.pool), chosen.config
     return {
-        "method": spec.name,
-        "params": config.to_dict(),
+        "method": chosen.spec.name,
+        "params": config.to_dict() if params is None else dict(params),
         "budget": config.size if isinstance(config, SizedConfig) else {"kind": "fraction", "value": 1.0},
         "seed": context.seed,
         "num_selected": len(picks.positions),

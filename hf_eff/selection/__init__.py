@@ -5,12 +5,12 @@ The methods are the files of this folder; they are found by name through the reg
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +19,20 @@ from tqdm.auto import tqdm
 
 from hf_eff import hub, manifest
 from hf_eff.contracts.budget import Budget
-from hf_eff.contracts.memory import BatchShape
 from hf_eff.contracts.selection import SelectionContext
-from hf_eff.contracts.spec import MethodConfig, MethodSpec
+from hf_eff.contracts.spec import MethodSpec
 from hf_eff.engines.facts import model_facts
+from hf_eff.engines.pool_size import SizedConfig
 from hf_eff.engines.pooling import PadRows, RowFormat, make_pool
+from hf_eff.engines.spool import spooled
 from hf_eff.errors import DataError, ManifestError, NoEffectWarning, OptionError, PlanError
 from hf_eff.hardware.ledger import Ledger
 from hf_eff.manifest import MANIFEST, read_manifest
 from hf_eff.manifest.card import FOLDER, dataset_card
 from hf_eff.manifest.provenance import check_picks, describe_dataset, describe_scorer, selection_fields
-from hf_eff.numerics.flops import forward_flops
 from hf_eff.registry import require, resolve
+from hf_eff.stages.choice import PoolChoice, choose_pool
+from hf_eff.stages.proxy import load_proxy, scorer_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -39,16 +41,24 @@ __all__ = [
     "PadRows",
     "RowFormat",
     "Selection",
+    "choose_pool",
     "describe_dataset",
     "describe_scorer",
     "load_selected",
     "make_pool",
-    "pool_method",
     "run_selection",
     "select_dataset",
 ]
 
-_DRIVER_OPTIONS = ("batch_tokens", "max_length", "columns", "id_column", "learning_rate")
+_DRIVER_OPTIONS = (
+    "batch_tokens",
+    "max_length",
+    "columns",
+    "id_column",
+    "learning_rate",
+    "train_epochs",
+    "stream_rows",
+)
 
 
 class Selection(manifest.Selection):
@@ -123,7 +133,8 @@ def select_dataset(
     """Choose the rows of ``pool`` worth training on.
 
     Args:
-        pool: Candidates: ``datasets.Dataset`` or a sequence of mappings, see ``make_pool``.
+        pool: Candidates: ``datasets.Dataset``, ``IterableDataset`` (written to disk first) or a sequence of
+            mappings, see ``make_pool``.
         method: Name of a selection method, such as ``"less"`` or ``"random"``.
         target: Rows that stand for the task, for methods that need them.
         model: Model that scores, left exactly as found.
@@ -131,9 +142,11 @@ def select_dataset(
         seed: Equal seeds give equal selections, in any process.
         output_dir: Where to save the selection, and intermediate results to resume from.
         budget: Limit of what selecting may spend, such as ``"1e15flop, 10min"``.
-        **options: Options of the method, such as ``fraction=0.1``; and for every method
+        **options: Options of the method, such as ``fraction=0.1``; those of ``PoolOptions``, such as
+            ``pipeline=["quality_filter"]`` or ``proxy_model=`` (a folder, a Hub id or a model); and
             ``max_length`` (1024), ``batch_tokens`` (16384), ``columns`` that identify a row,
-            ``id_column`` to record, ``learning_rate`` of the run to come.
+            ``id_column`` to record, ``learning_rate`` and ``train_epochs`` (3) of the run to come,
+            ``stream_rows`` to read of a stream (all).
 
     Returns:
         The selection; ``selection.apply(pool)`` gives the rows.
@@ -142,50 +155,79 @@ def select_dataset(
         DataError: The pool or the target is empty or unreadable, smaller than asked for, or the
             method needs something that is not given.
     """
-    spec = pool_method(method)
-    driver = _driver_options(options, spec)
-    config = spec.config.from_dict(options)
-    _check_given(spec, model, target)
+    driver = {name: options.pop(name) for name in _DRIVER_OPTIONS if name in options and not _owned(method, name)}
+    proxy = options.pop("proxy_model", None)
+    choice = choose_pool(method, options if proxy is None else {**options, "proxy_model": _name_of(proxy)})
+    for chosen in choice.stages:
+        _check_given(chosen.spec, model, target)
     ledger = Ledger(Budget.parse(budget))
     scoring = _scoring_fields(model, ledger)
+    rows = spooled(pool, limit=driver.pop("stream_rows", None))
     row_format = RowFormat(max_length=driver.pop("max_length", 1024), is_causal_lm=scoring.get("is_causal_lm", True))
-    columns, row_ids = driver.pop("columns", None), _row_ids(pool, driver.pop("id_column", None))
+    columns, row_ids = driver.pop("columns", None), _row_ids(rows, driver.pop("id_column", None))
+    epochs = driver.pop("train_epochs", 3.0)
     make = functools.partial(make_pool, processing_class=processing_class, row_format=row_format)
-    candidates = make(pool, columns=columns, source_column=getattr(config, "source_column", "source"))
+    candidates = make(rows, columns=columns, source_column=choice.column("source_column") or "source")
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
     context = SelectionContext(
         pool=candidates,
-        reference=None if target is None else make(target, group_column=getattr(config, "group_column", None)),
+        reference=None if target is None else make(target, group_column=choice.column("group_column")),
         collate=PadRows.of(processing_class),
         generator=torch.Generator().manual_seed(seed),
         seed=seed,
         store_dir=None if output_dir is None else Path(output_dir) / "store",
-        tokenizer=getattr(processing_class, "tokenizer", processing_class),
+        tokenizer=tokenizer,
+        proxy=load_proxy(
+            choice.options.proxy_model if proxy is None else proxy, tokenizer, scoring.get("device", "cpu")
+        ),
         **scoring,
         **driver,
     )
-    facts = describe_dataset(pool, candidates, columns)
-    scorer = describe_scorer(model, processing_class, row_format.max_length)
     with ledger.clock("select"):
-        selection = run_selection(spec, config, context, dataset_facts=facts, scorer=scorer, row_ids=row_ids)
+        selection = run_selection(
+            replace(choice, training_flops=_training_flops(context, choice, epochs)),
+            context,
+            dataset_facts=describe_dataset(rows, candidates, columns),
+            scorer=describe_scorer(model, processing_class, row_format.max_length),
+            row_ids=row_ids,
+        )
     if output_dir is not None:
         selection.save(output_dir)
     return selection
 
 
+def _name_of(model: Any) -> str:
+    return model if isinstance(model, str) else str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+
+
+def _owned(method: str, name: str) -> bool:
+    """Whether an option of the driver's name belongs to a method itself."""
+    return any(name in spec.config.__dataclass_fields__ for spec in resolve("selection", method))
+
+
+def _training_flops(context: SelectionContext, choice: PoolChoice, epochs: float) -> float | None:
+    """FLOPs of training the model that scores on the rows to keep; None without a model."""
+    config = choice.stages[-1].config
+    if context.model is None or not isinstance(config, SizedConfig):
+        return None
+    pool = context.pool
+    kept = config.limit(pool) / max(1, int(config.units(pool)[pool.loss_lengths > 0].sum()))
+    # A backward through every weight is two more forwards.
+    return 3.0 * epochs * kept * context.forward_flops(len(pool), max(1, round(float(pool.lengths.mean()))))
+
+
 def run_selection(
-    spec: MethodSpec,
-    config: MethodConfig,
+    choice: PoolChoice,
     context: SelectionContext,
     *,
     dataset_facts: Mapping[str, Any],
     scorer: Mapping[str, Any] | None = None,
     row_ids: Sequence[str] | None = None,
 ) -> Selection:
-    """Run one method and record its choice.
+    """Run the stages of a choice and record what they kept.
 
     Args:
-        spec: The method.
-        config: Its options.
+        choice: The methods with their options.
         context: Pool, target, model, limits.
         dataset_facts: See ``describe_dataset``.
         scorer: See ``describe_scorer``.
@@ -195,10 +237,11 @@ def run_selection(
         The selection, its manifest complete but for the file's hash, which ``save`` adds.
 
     Raises:
-        DataError: Something the method needs is missing or empty.
-        PlanError: The method does not work with this kind of model.
+        DataError: Something a method needs is missing or empty.
+        PlanError: A method does not work with this kind of model.
     """
-    _check_needs(spec, context)
+    for chosen in choice.stages:
+        _check_needs(chosen.spec, context)
     spent = {"flops": 0.0, "tokens": 0.0}
 
     def spend(flops: float, tokens: float) -> None:
@@ -207,39 +250,27 @@ def run_selection(
         spent["tokens"] += tokens
 
     started = time.perf_counter()
-    picks = spec.build(config).select(dataclasses.replace(context, spend=spend))
+    picks = choice.select(replace(context, spend=spend))
     cost = {**spent, "seconds": time.perf_counter() - started, "device": str(context.device)}
-    check_picks(picks, context.pool, spec.address)
-    if len(picks.positions) == len(context.pool) and picks.weights is None and not spec.traits.baseline:
+    chosen = choice.recorded(picks, context)
+    check_picks(picks, context.pool, chosen.spec.address)
+    if len(picks.positions) == len(context.pool) and picks.weights is None and not chosen.spec.traits.baseline:
         warnings.warn(
-            NoEffectWarning(f"{spec.address} kept all {len(context.pool)} rows; training on them equals 'all'."),
+            NoEffectWarning(f"{chosen.spec.address} kept all {len(context.pool)} rows; training on them equals 'all'."),
             stacklevel=2,
         )
     return Selection(
         **selection_fields(
-            spec, config, context, picks, dataset=dataset_facts, cost=cost, scorer=scorer, row_ids=row_ids
+            chosen,
+            context,
+            picks,
+            dataset=dataset_facts,
+            cost=cost,
+            scorer=scorer,
+            row_ids=row_ids,
+            params=choice.params(picks, context),
         )
     )
-
-
-def pool_method(names: str) -> MethodSpec:
-    """The one method of ``"a+b"`` that selects before training.
-
-    Raises:
-        PlanError: Two methods fill the same slot, or none fills the slot ``pool``.
-    """
-    specs = resolve("selection", names)
-    by_slot: dict[str, MethodSpec] = {}
-    for spec in specs:
-        if spec.slot in by_slot:
-            raise PlanError(
-                f"selection={names!r} names two methods for the slot {spec.slot!r}: {by_slot[spec.slot].name!r} and "
-                f"{spec.name!r}; keep one of them."
-            )
-        by_slot[spec.slot] = spec
-    if "pool" not in by_slot:
-        raise PlanError(f"selection={names!r} selects during training only; use it in a trainer, not on a dataset.")
-    return by_slot["pool"]
 
 
 def load_selected(dataset: Any, selection: Any, *, name: str | None = None, token: str | None = None) -> Any:
@@ -293,24 +324,13 @@ def _check_needs(spec: MethodSpec, context: SelectionContext) -> None:
         raise DataError(f"none of the {len(context.reference)} target rows has a token that carries loss.")
 
 
-def _driver_options(options: dict[str, Any], spec: MethodSpec) -> dict[str, Any]:
-    """Take out of ``options`` what the driver reads; an option of the same name belongs to the method."""
-    own = {field.name for field in dataclasses.fields(spec.config)}
-    return {name: options.pop(name) for name in _DRIVER_OPTIONS if name in options and name not in own}
-
-
 def _scoring_fields(model: Any, ledger: Ledger) -> dict[str, Any]:
     """Fields of the context that say who scores and within which limits."""
     limits = {"spend": _spend(ledger), "progress": _progress}
     if model is None:
         return limits
-    facts = model_facts(model)
-    return limits | {
-        "model": model,
-        "device": next(model.parameters()).device,
-        "forward_flops": lambda rows, length: forward_flops(facts, BatchShape(rows, length)),
-        "is_causal_lm": facts.is_causal_lm,
-    }
+    scorer = scorer_of(model)
+    return limits | {**vars(scorer), "is_causal_lm": model_facts(model).is_causal_lm}
 
 
 def _row_ids(pool: Any, column: str | None) -> list[str] | None:

@@ -33,7 +33,7 @@ from hf_eff.errors import (
 from hf_eff.hub import HubError
 from hf_eff.manifest import read_manifest
 from hf_eff.registry import register_method, unregister_method
-from hf_eff.selection import describe_dataset, make_pool, pool_method, run_selection
+from hf_eff.selection import choose_pool, describe_dataset, make_pool, run_selection
 from hf_eff.testing.selection_scene import make_context
 from hf_eff.testing.tiny import tiny_model, tiny_pool, tiny_target, tiny_tokenizer
 
@@ -268,18 +268,18 @@ def test_wrong_names_and_options_get_a_hint():
 
 
 def test_two_methods_for_one_slot_are_refused_by_name(toy):
-    with pytest.raises(PlanError, match=r"two methods for the slot 'pool': 'random' and 'length'; keep one"):
+    with pytest.raises(PlanError, match=r"'random' and 'length' both fill the slot 'pool'; keep one"):
         select("random+length")
     toy(Picks(np.array([0])), name="inner", slot="batch")
-    assert pool_method("random+inner").name == "random"
+    assert [chosen.spec.name for chosen in choose_pool("random+inner", {}).stages] == ["random"]
     with pytest.raises(PlanError, match="selection='inner' selects during training only"):
-        select("inner")
+        choose_pool("inner", {})
 
 
 def test_a_method_for_decoders_refuses_other_models(toy):
     spec = toy(Picks(np.array([0])), needs_causal_lm=True)
     with pytest.raises(PlanError, match="selection='toy' works on decoder-only language models only"):
-        run_selection(spec, spec.config(), make_context(spec, is_causal_lm=False), dataset_facts={"num_rows": 24})
+        run_selection(choose_pool("toy", {}), make_context(spec, is_causal_lm=False), dataset_facts={"num_rows": 24})
 
 
 @pytest.mark.parametrize(

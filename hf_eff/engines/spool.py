@@ -1,0 +1,38 @@
+"""A stream as a dataset on disk: read once, then mapped into memory row by row."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from hf_eff.errors import DataError
+
+
+def spooled(rows: Any, *, limit: int | None = None) -> Any:
+    """Rows of a stream as a ``Dataset``; anything else as it is.
+
+    The rows go through the disk cache of ``datasets`` in chunks, so that a pool may be larger than memory.
+
+    Args:
+        rows: An ``IterableDataset``, or rows of known length.
+        limit: Rows to read of a stream; None reads to its end, which an endless one does not have.
+
+    Raises:
+        DataError: ``limit`` is below 1, or the stream ends before its first row.
+    """
+    if not isinstance(rows, IterableDataset):
+        return rows
+    if limit is not None and limit < 1:
+        raise DataError(f"stream_rows must be at least 1, got {limit}.")
+    features = rows.features
+
+    def read() -> Iterator[dict[str, Any]]:
+        yield from itertools.islice(iter(rows), limit)
+
+    if next(read(), None) is None:
+        raise DataError("the pool is empty: the stream ends before its first row.")
+    read_rows: Any = Dataset.from_generator(read, features=features)
+    return read_rows

@@ -1,0 +1,1 @@
+"""What surrounds a selection method: stages before it, a check of its proxy, a cap on its cost."""

@@ -1,0 +1,50 @@
+"""Streams become datasets; what has a length stays as it is."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from datasets import Dataset, IterableDataset
+
+from hf_eff import select_dataset
+from hf_eff.engines.spool import spooled
+from hf_eff.errors import DataError
+from hf_eff.testing.tiny import tiny_pool, tiny_tokenizer
+
+
+def test_a_stream_is_read_once_in_order():
+    pool = tiny_pool(8)
+    rows = spooled(pool.to_iterable_dataset())
+    assert isinstance(rows, Dataset)
+    assert rows.to_list() == pool.to_list()
+
+
+def test_what_has_a_length_is_not_copied():
+    pool = tiny_pool(4)
+    assert spooled(pool) is pool
+    rows = [{"text": "a"}]
+    assert spooled(rows) is rows
+
+
+def test_an_endless_stream_needs_a_limit():
+    endless = IterableDataset.from_generator(lambda: ({"text": str(i)} for i in itertools.count()))
+    assert spooled(endless, limit=5)["text"][:] == ["0", "1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize(("limit", "message"), [(0, "must be at least 1, got 0"), (None, "ends before its first row")])
+def test_nothing_to_read(limit, message):
+    empty = IterableDataset.from_generator(lambda: iter([]))
+    with pytest.raises(DataError, match=message):
+        spooled(empty, limit=limit)
+
+
+def test_a_stream_gives_the_selection_of_its_rows():
+    pool, tokenizer = tiny_pool(24), tiny_tokenizer()
+    options = {"processing_class": tokenizer, "fraction": 0.25, "seed": 3}
+    whole = select_dataset(pool, "random", **options)
+    streamed = select_dataset(pool.to_iterable_dataset(), "random", **options)
+    part = select_dataset(pool.to_iterable_dataset(), "random", stream_rows=8, **options)
+    assert streamed.indices.tolist() == whole.indices.tolist()
+    assert max(part.indices) < 8
+    assert streamed.apply(pool).to_list() == whole.apply(pool).to_list()
