@@ -81,6 +81,7 @@ class PoolOptions(MethodConfig):
         low=0.0,
         high=1.0,
     )
+    stream_rows: int | None = knob(None, "Rows to read of a stream before choosing; None: all.", low=1, unit="rows")
     expected_speedup: float = knob(
         1.5, "How much faster than random rows the chosen ones are expected to teach, for the pay-back.", low=1.0
     )

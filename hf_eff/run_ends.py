@@ -13,6 +13,7 @@ from hf_eff.governor import GovernorLog
 from hf_eff.memory import MemoryStack
 from hf_eff.numerics.flops import forward_flops
 from hf_eff.report import build_report, render_run_card
+from hf_eff.report.selection_report import FOLDER as SELECTION_REPORT
 from hf_eff.run import BudgetedRun
 from hf_eff.run_directory import CARD, RunDirectory, environment
 from hf_eff.scoring_rows import reference_rows, scoring_collator
@@ -130,6 +131,7 @@ def _chosen_rows(selection: Selection) -> dict[str, Any]:
         "invalid rows": about["num_invalid"],
         "mean score of all rows": scores["mean"],
         "digest": selection.digest,
+        "rows to read": f"{SELECTION_REPORT}/report.md",
         **about["notes"],
     }
 

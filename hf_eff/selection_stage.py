@@ -16,6 +16,7 @@ from hf_eff.contracts.selection import Pool, SelectionContext
 from hf_eff.errors import CheckpointError, EffError, ManifestError
 from hf_eff.numerics.flops import forward_flops
 from hf_eff.numerics.row_hash import row_hashes
+from hf_eff.report.selection_report import write_selection_report
 from hf_eff.scoring_rows import reference_rows, scoring_collator, scoring_rows
 from hf_eff.selection import RowFormat, Selection, describe_dataset, describe_scorer, make_pool, run_selection
 from hf_eff.stages.choice import choice_of
@@ -78,7 +79,7 @@ class SelectionStage:
             self._pool = trainer.train_dataset
         pool = self._as_pool(trainer, self._pool)
         with run.ledger.clock("select"):
-            outcome: Any = run.ranks.broadcast(self._attempt(trainer, run, pool) if run.ranks.is_first else None)
+            outcome: Any = run.ranks.broadcast(self._attempt(trainer, run, pool))
         if isinstance(outcome, EffError):
             raise outcome
         selection, ledger = outcome
@@ -88,20 +89,32 @@ class SelectionStage:
         self._apply(trainer, pool, selection)
 
     def _attempt(self, trainer: Any, run: BudgetedRun, pool: Pool) -> Any:
-        """The selection and the ledger after it, or the error that every rank should raise."""
+        """The selection and the ledger after it, or the error that every rank should raise.
+
+        Ranks share the scoring; what is read and written is the first rank's.
+        """
         try:
-            saved = self._reload(run) if run.selection_digest is not None else None
+            saved = run.ranks.broadcast(self._reload(run)) if run.selection_digest is not None else None
+            if isinstance(saved, EffError):
+                return saved
             selection = saved or self._select(trainer, run, pool)
-            if saved is None:
+            if saved is None and run.ranks.is_first:
                 selection.save(run.directory.selection)
+                write_selection_report(selection, pool, run.directory.path, _tokenizer(trainer))
         except EffError as error:
             return error
         return selection, run.ledger.state_dict()
 
-    def _reload(self, run: BudgetedRun) -> Selection:
-        selection = Selection.load(run.directory.selection)
+    def _reload(self, run: BudgetedRun) -> Selection | EffError | None:
+        """The choice that the checkpoint was trained on, on the first rank."""
+        if not run.ranks.is_first:
+            return None
+        try:
+            selection = Selection.load(run.directory.selection)
+        except EffError as error:
+            return error
         if selection.digest != run.selection_digest:
-            raise CheckpointError(
+            return CheckpointError(
                 f"the selection in {str(run.directory.selection)!r} is not the one the checkpoint was trained on; "
                 "put the original manifest back or start anew."
             )
@@ -111,7 +124,7 @@ class SelectionStage:
         choice = choice_of(run.plan.resolved, run.plan.step_flops * (run.plan.steps or 0))
         traits = [chosen.spec.traits for chosen in choice.stages]
         reference = self._reference(trainer) if any(trait.needs_reference_set for trait in traits) else None
-        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        tokenizer = _tokenizer(trainer)
         context = SelectionContext(
             pool=pool,
             reference=reference,
@@ -120,13 +133,14 @@ class SelectionStage:
             generator=torch.Generator().manual_seed(trainer.args.seed),
             seed=trainer.args.seed,
             device=trainer.args.device,
-            store_dir=run.directory.path / STORE,
+            store_dir=run.directory.path / (STORE if run.ranks.is_first else f"{STORE}-{run.ranks.rank}"),
             spend=_spender(run),
             forward_flops=lambda rows, length: forward_flops(run.model, BatchShape(rows, length)),
             progress=_progress(disable=trainer.args.disable_tqdm),
             learning_rate=trainer.args.learning_rate,
             is_causal_lm=run.model.is_causal_lm,
             tokenizer=tokenizer,
+            processes=run.ranks,
             proxy=load_proxy(choice.options.proxy_model, tokenizer, trainer.args.device),
         )
         raw = self._raw_rows()
@@ -180,6 +194,10 @@ class SelectionStage:
         self.selection = selection
         subset = self._pool.select(positions) if isinstance(self._pool, Dataset) else _subset(self._pool, positions)
         self._subset = trainer.train_dataset = self.finish(_without(subset, ROW_COLUMN))
+
+
+def _tokenizer(trainer: Any) -> Any:
+    return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
 
 
 def _subset(rows: Any, positions: list[int]) -> Any:

@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import AutoConfig, Trainer, TrainerCallback
 
 from hf_eff.arguments import options_of, run_facts
 from hf_eff.contracts.cost import Facts, ModelFacts
 from hf_eff.contracts.memory import OptimizerContext, StepContext
 from hf_eff.engines.checkpoints import is_complete, resolve_checkpoint
-from hf_eff.engines.facts import batch_shape, model_facts, pool_facts
+from hf_eff.engines.facts import batch_shape, model_facts, model_facts_from_config, pool_facts
 from hf_eff.engines.schedule_progress import follow_budget
+from hf_eff.engines.spool import spooled
 from hf_eff.files import require_writable
 from hf_eff.hardware.ledger import Ledger, Purpose
 from hf_eff.hardware.probe import hardware_facts
@@ -78,6 +79,8 @@ class BudgetedTrainerMixin(_Parent):
     def _prepare_given(self, given: dict[str, Any]) -> None:
         """Refuse what cannot work and change the model, before the parent is built."""
         args, model = given.get("args"), given.get("model")
+        if self._resolved is not None and self._resolved.selects:
+            given["train_dataset"] = spooled(given.get("train_dataset"), limit=self._resolved.pool.stream_rows)
         if args is not None and args.output_dir is not None:
             require_writable(args.output_dir)
         if isinstance(model, nn.Module):
@@ -104,6 +107,7 @@ class BudgetedTrainerMixin(_Parent):
             pool=pool_facts(pool, target),
             hardware=hardware_facts(world_size=args.world_size, backend=_backend(args)),
             run=run_facts(args, self.trainer_kind, custom_optimizer=custom),
+            proxy=_proxy_facts(self._resolved.pool.proxy_model),
         )
         return make_plan(self._resolved.options, facts)
 
@@ -341,6 +345,11 @@ def _metrics_kept(trainer: Any) -> Iterator[None]:
                 entries.update(kept.get(mode, {}))
         if tokens is not None:
             trainer._total_train_tokens = tokens  # noqa: SLF001
+
+
+def _proxy_facts(name: str | None) -> ModelFacts | None:
+    """Shapes of the proxy, read from its configuration alone."""
+    return None if name is None else model_facts_from_config(AutoConfig.from_pretrained(name))
 
 
 def _backend(args: Any) -> str:

@@ -272,6 +272,56 @@ def test_sft_selects_users_rows_before_packing(tmp_path):
     assert set(trainer.train_dataset.column_names) == {"input_ids", "labels", "seq_lengths"}
 
 
+def test_stages_narrow_the_pool_one_after_another(tmp_path):
+    pool = tokenised(tiny_pool(24))
+    kwargs = {"pipeline": [{"length": {"fraction": 0.5}}], "num_examples": 4, "band": "low"}
+    trainer = make(tmp_path, selection="perplexity", selection_kwargs=kwargs, train_dataset=pool)
+    assert trainer.plan.selected_rows == 4
+    trainer.train()
+    scored = trainer.ledger.by_purpose()["select"]["tokens"]
+    lengths = sorted((len(row["input_ids"]) for row in pool), reverse=True)
+    assert sum(lengths[:12]) <= scored < sum(lengths)
+    assert trainer.plan.flops["select"] == pytest.approx(trainer.ledger.by_purpose()["select"]["flops"], rel=0.5)
+    params = trainer.selection.manifest["selection"]["params"]
+    assert params["pipeline"][0]["method"] == "length"
+    assert "then" in str(trainer.plan).splitlines()[0]
+
+
+def test_a_plan_over_the_cap_trains_on_random_rows(tmp_path):
+    options = {"selection": "perplexity", "selection_kwargs": {"num_examples": 8, "max_selection_fraction": 0.01}}
+    trainer = make(tmp_path, **options)
+    assert trainer.plan.flops["select"] == 0
+    assert "more than the max_selection_fraction=0.01 allowed" in trainer.plan.warnings[0]
+    trainer.train()
+    assert trainer.selection.manifest["selection"]["method"] == "random"
+    assert len(trainer.selection) == 8
+    assert trainer.ledger.by_purpose().get("select", {}).get("flops", 0.0) == 0.0
+
+
+def test_a_stream_is_narrowed_too(tmp_path):
+    pool = tokenised(tiny_pool(24))
+    options = {"selection": "random", "selection_kwargs": {"num_examples": 8}}
+    streamed = make(tmp_path / "stream", **options, train_dataset=pool.to_iterable_dataset())
+    whole = make(tmp_path / "whole", **options, train_dataset=pool)
+    for trainer in (streamed, whole):
+        trainer.train()
+    assert streamed.selection.indices.tolist() == whole.selection.indices.tolist()
+    assert equal(weights(streamed), weights(whole))
+
+
+def test_a_proxy_must_share_the_tokenizer(tmp_path):
+    tiny_model(1, 32, vocab_size=100).save_pretrained(tmp_path / "proxy")
+    args = BudgetedSFTConfig(
+        output_dir=str(tmp_path / "out"), **COMMON, bf16=False, activation_checkpointing=False, max_length=64,
+        selection="perplexity", selection_kwargs={"num_examples": 6, "proxy_model": str(tmp_path / "proxy")},
+    )  # fmt: skip
+    trainer = BudgetedSFTTrainer(
+        model=tiny_model(2, 32), args=args, train_dataset=tiny_pool(24), processing_class=tiny_tokenizer()
+    )
+    with pytest.raises(PlanError, match="the proxy has 100 embeddings and the tokenizer 262 tokens"):
+        trainer.train()
+
+
 def test_a_changed_dataset_is_refused_on_resume(tmp_path):
     options = {
         "selection": "random",

@@ -25,6 +25,7 @@ from hf_eff.errors import (
 COMMANDS = {
     "train": "Select, train under the budget, report.",
     "select": "Choose rows of a dataset and write their manifest; trains nothing.",
+    "compare-selections": "Show what selections of one dataset share, what they cost, whether their scores agree.",
     "plan": "Print what 'train' with the same flags would do and cost; spends nothing.",
     "profile": "Compare the memory that methods need, term by term, without weights.",
     "methods": "List the methods, or show the card of one.",
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = _command(words)
         if name is None:
             return 0
-        code: int = importlib.import_module(f"hf_eff.cli.{name}").run(words[1:])
+        code: int = importlib.import_module(f"hf_eff.cli.{name.replace('-', '_')}").run(words[1:])
     except SystemExit as end:  # argparse, after printing help
         return end.code if isinstance(end.code, int) else 2
     except EffError as error:
@@ -84,7 +85,7 @@ def _help() -> str:
         prog="hf-eff",
         usage="hf-eff COMMAND [options]   (each command has --help)",
         description="Budgeted fine-tuning on Hugging Face: which data, which memory strategy, when to stop.",
-        epilog="commands:\n" + "\n".join(f"  {name:<10}{line}" for name, line in COMMANDS.items()),
+        epilog="commands:\n" + "\n".join(f"  {name:<20}{line}" for name, line in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__, help="print the version")

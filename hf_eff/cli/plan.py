@@ -65,27 +65,33 @@ def preview(flags: RunFlags, args: TrainingArguments, pool: Dataset, target: Dat
     tokenizer = load_tokenizer(flags.model, flags.cache_dir)
     facts = Facts(
         model=model_facts_from_config(config),
-        pool=_pool_facts(flags, args, tokenizer, pool, target),
+        pool=sampled_facts(pool, target, tokenizer, _limit(flags, args)),
         hardware=hardware_facts(world_size=args.world_size),
         run=run_facts(args, flags.task),
     )
     return make_plan(options_of(args), facts)
 
 
-def _pool_facts(
-    flags: RunFlags,
-    args: TrainingArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    pool: Dataset,
-    target: Dataset | None,
+def _limit(flags: RunFlags, args: TrainingArguments) -> int | None:
+    return getattr(args, "max_length", None) if flags.task == "sft" else flags.max_tokens
+
+
+def sampled_facts(
+    pool: Dataset, target: Dataset | None, tokenizer: PreTrainedTokenizerBase, limit: int | None
 ) -> PoolFacts:
-    """Counts of all rows, lengths of a sample."""
+    """Counts of all rows, lengths of a sample.
+
+    Args:
+        pool: Candidates.
+        target: Target rows, or None.
+        tokenizer: Tokenises the sample.
+        limit: Tokens at which a row is cut, or None.
+    """
     from hf_eff.engines.facts import pool_facts
 
-    limit = getattr(args, "max_length", None) if flags.task == "sft" else flags.max_tokens
     sample = pool.shuffle(seed=0).select(range(min(_SAMPLE, len(pool))))
     facts = pool_facts(tokenise(sample, tokenizer, limit))
     if target is not None:
         wanted = pool_facts(tokenise(target.select(range(min(_SAMPLE, len(target)))), tokenizer, limit))
         facts = dataclasses.replace(facts, num_reference=len(target), mean_reference_tokens=wanted.mean_tokens)
-    return dataclasses.replace(facts, num_rows=len(pool))
+    return dataclasses.replace(facts, num_rows=len(pool), columns=tuple(pool.column_names))

@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 
     from hf_eff.manifest import Selection
 
-_DRIVER_OPTIONS = ("max_length", "batch_tokens", "id_column", "learning_rate")
+_DRIVER_OPTIONS = ("max_length", "batch_tokens", "id_column", "learning_rate", "train_epochs")
 
 
 def run(argv: Sequence[str]) -> int:
     """Select and save; print where the manifest lies. Ctrl-C keeps what was scored."""
     options = parse_select(argv)
+    if options.dry_run:
+        return _dry_run(options)
     folder = require_writable(options.output_dir)
     from hf_eff.cli.output import print_json, stdout_reserved
 
@@ -75,6 +77,9 @@ def parse_select(argv: Sequence[str]) -> argparse.Namespace:
     add("--text_column", help="column that holds whole texts")
     add("--prompt_column", help="column that holds prompts")
     add("--completion_column", help="column that holds answers")
+    add("--dry-run", action="store_true", help="print what selecting would cost and whether it pays; spends nothing")
+    add("--train_model", help="model that will be trained on the choice, where it is not --model (dry run)")
+    add("--train_epochs", type=float, default=3.0, help="epochs it will be trained for (3)")
     add("--json", action="store_true", help="print one JSON object on stdout and the rest on stderr")
     parser.apply_config(config)
     options, rest = parser.parse_known_args(words)
@@ -92,6 +97,25 @@ def _mapping(value: Any) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise OptionError(f"selection_kwargs must be a mapping of option names to values, got {found!r}.")
     return found
+
+
+def _dry_run(options: argparse.Namespace) -> int:
+    """Print cost and pay-back of the choice, from configurations and a sample of the rows."""
+    from hf_eff.cli.columns import name_columns
+    from hf_eff.cli.output import print_json, stdout_reserved
+    from hf_eff.cli.pay_back import pay_back_lines, selection_plan
+    from hf_eff.cli.sources import load_rows
+
+    names = {"text": options.text_column, "prompt": options.prompt_column, "completion": options.completion_column}
+    with stdout_reserved(options.json):
+        rows = load_rows(options.dataset, split=options.split, config=options.dataset_config)
+        target = _target(options, needed=False, names=names)
+        facts = selection_plan(options, name_columns(rows, names, options.dataset), target)
+    if options.json:
+        print_json(facts)
+    else:
+        print("\n".join(pay_back_lines(facts)))
+    return 0
 
 
 def _select(options: argparse.Namespace, folder: Path) -> tuple[Dataset, Selection]:

@@ -134,12 +134,17 @@ class RunFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Everything ``make_plan`` and a method's ``cost`` may look at."""
+    """Everything ``make_plan`` and a method's ``cost`` may look at.
+
+    ``proxy`` is the smaller model that scores the pool, if there is one; the cost of a method that uses it is asked
+    for with the proxy as ``model``.
+    """
 
     model: ModelFacts
     pool: PoolFacts
     hardware: HardwareFacts = field(default_factory=HardwareFacts)
     run: RunFacts = field(default_factory=RunFacts)
+    proxy: ModelFacts | None = None
 
     def replace(self, **changes: Any) -> Facts:
         """Copy with some parts changed."""

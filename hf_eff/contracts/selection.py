@@ -77,6 +77,33 @@ class _Chosen:
         return self._rows[int(self._places[place])]
 
 
+class Processes(Protocol):
+    """The processes that select together, each with the same pool.
+
+    Attributes:
+        rank: This process, from 0.
+        size: Number of processes.
+    """
+
+    rank: int
+    size: int
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank, on every process."""
+        ...
+
+
+class OneProcess:
+    """No others."""
+
+    rank = 0
+    size = 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """The one value."""
+        return [value]
+
+
 @dataclass(frozen=True)
 class Scorer:
     """A model to score with, and what it costs.
@@ -117,6 +144,7 @@ class SelectionContext:
         tokenizer: Tokenizer of the model, or None where rows came tokenised without one.
         proxy: A smaller model with the same tokenizer, or None.
         prior: [N] scores that an earlier stage of a pipeline gave, higher is better, or None.
+        processes: Who shares the scoring; every process ends with every score.
     """
 
     pool: Pool
@@ -137,6 +165,7 @@ class SelectionContext:
     tokenizer: Any = None
     proxy: Scorer | None = None
     prior: np.ndarray | None = None
+    processes: Processes = field(default_factory=OneProcess)
 
     def by_proxy(self) -> SelectionContext:
         """The context in which the proxy is the model; this one where there is no proxy."""

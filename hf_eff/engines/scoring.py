@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from hf_eff.contracts.selection import Pool, SelectionContext
 from hf_eff.errors import DataError, EffError
 from hf_eff.numerics.example_loss import IGNORE_INDEX, Reduction, example_losses
 
+Value = TypeVar("Value")
 _HEADS = (
     "ForCausalLM",
     "LMHeadModel",
@@ -153,6 +155,8 @@ def pool_batches(
 ) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
     """Collated batches of the valid rows of ``pool``, each one paid for before it is handed out.
 
+    Every process gets every batch; see ``scored_batches`` for shares of them.
+
     ``context.spend`` may refuse the next batch with ``BudgetExceededError``.
 
     Yields:
@@ -162,17 +166,91 @@ def pool_batches(
     Raises:
         ScoringStoppedError: ``context.stop_requested`` answered True.
     """
+    batches = _valid_batches(context, pool)
+    for positions in context.progress(batches, total=len(batches), description=description):
+        batch, cost = _collated(context, pool, positions)
+        _pay(context, [cost] * context.processes.size, description)
+        yield positions, _on_device(batch, context)
+
+
+def scored_batches(
+    context: SelectionContext,
+    pool: Pool,
+    description: str,
+    score: Callable[[np.ndarray, dict[str, Tensor]], Value],
+) -> Iterator[tuple[np.ndarray, Value]]:
+    """What ``score`` makes of each batch of the valid rows of ``pool``; processes share the batches.
+
+    The batches are those of a single process and every process gets every result, so that what is built from the
+    results is the same on all of them. An error of one process is raised on all.
+
+    Args:
+        context: Model, collator, limits, progress bar and processes.
+        pool: Rows to score; rows without loss tokens are skipped.
+        description: Text of the progress bar.
+        score: Called with positions [B] and a batch; with several processes its result must be picklable.
+
+    Yields:
+        positions: [B] rows of the batch.
+        result: What ``score`` returned for it.
+
+    Raises:
+        BudgetExceededError: The next batch would pass a limit; it was not computed.
+        ScoringStoppedError: ``context.stop_requested`` answered True.
+    """
+    batches, processes = _valid_batches(context, pool), context.processes
+    rounds = range(0, len(batches), processes.size)
+    for start in context.progress(rounds, total=len(rounds), description=description):
+        # Where fewer batches are left than processes, the last one is scored by several: nobody waits for less.
+        mine = batches[min(start + processes.rank, len(batches) - 1)]
+        batch, cost = _collated(context, pool, mine)
+        _pay(context, processes.gather(cost), description)
+        outcomes = processes.gather(_attempt(score, mine, _on_device(batch, context)))
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+        yield from zip(batches[start : start + processes.size], outcomes, strict=False)
+
+
+def _attempt(score: Callable[..., Value], *arguments: Any) -> Value | Exception:
+    """What a function returns, or the error it raises."""
+    try:
+        return score(*arguments)
+    except Exception as error:  # noqa: BLE001 - raised again, by every process
+        return error
+
+
+def _valid_batches(context: SelectionContext, pool: Pool) -> list[np.ndarray]:
     valid = np.flatnonzero(pool.loss_lengths > 0)
     ties = None if pool.row_hash is None else [pool.row_hash[i] for i in valid.tolist()]
-    batches = token_batches(pool.lengths[valid], context.batch_tokens, ties=ties)
-    for local in context.progress(batches, total=len(batches), description=description):
-        if context.stop_requested():
-            raise ScoringStoppedError(f"{description}: stopped on request before all rows were scored.")
-        positions = valid[local]
-        batch = context.collate([pool.rows[int(i)] for i in positions])
-        width = _padded_length(batch, context.model) or int(pool.lengths[positions].max())
-        context.spend(context.forward_flops(len(positions), width), float(len(positions) * width))
-        yield positions, {key: _to_device(value, context.device) for key, value in batch.items()}
+    return [valid[local] for local in token_batches(pool.lengths[valid], context.batch_tokens, ties=ties)]
+
+
+@dataclass(frozen=True)
+class _BatchCost:
+    """What one process is about to spend, and whether it was asked to stop."""
+
+    flops: float
+    tokens: float
+    stop: bool
+
+
+def _collated(context: SelectionContext, pool: Pool, positions: np.ndarray) -> tuple[Mapping[str, Any], _BatchCost]:
+    batch = context.collate([pool.rows[int(i)] for i in positions])
+    width = _padded_length(batch, context.model) or int(pool.lengths[positions].max())
+    rows = len(positions)
+    return batch, _BatchCost(context.forward_flops(rows, width), float(rows * width), context.stop_requested())
+
+
+def _pay(context: SelectionContext, costs: Sequence[_BatchCost], description: str) -> None:
+    """Charge what all processes are about to compute: each keeps the same books, so all refuse together."""
+    if any(cost.stop for cost in costs):
+        raise ScoringStoppedError(f"{description}: stopped on request before all rows were scored.")
+    context.spend(sum(cost.flops for cost in costs), sum(cost.tokens for cost in costs))
+
+
+def _on_device(batch: Mapping[str, Any], context: SelectionContext) -> dict[str, Any]:
+    return {key: _to_device(value, context.device) for key, value in batch.items()}
 
 
 def pool_losses(
@@ -198,14 +276,17 @@ def pool_losses(
         [N] float64 in nats, NaN for invalid rows.
     """
     losses = np.full(len(pool), np.nan)
+
+    def score(_positions: np.ndarray, batch: dict[str, Tensor]) -> np.ndarray:
+        if all_tokens:
+            batch["labels"] = _every_token(batch)
+        values, _ = model_example_losses(context.model, batch, is_causal_lm=context.is_causal_lm, reduction=reduction)
+        found: np.ndarray = values.double().cpu().numpy()
+        return found
+
     with scoring_mode(context.model), torch.no_grad():
-        for positions, batch in pool_batches(context, pool, description):
-            if all_tokens:
-                batch["labels"] = _every_token(batch)
-            values, _ = model_example_losses(
-                context.model, batch, is_causal_lm=context.is_causal_lm, reduction=reduction
-            )
-            losses[positions] = values.double().cpu().numpy()
+        for positions, some in scored_batches(context, pool, description, score):
+            losses[positions] = some
     return losses
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
+import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +17,8 @@ from hf_eff.errors import DataError
 def spooled(rows: Any, *, limit: int | None = None) -> Any:
     """Rows of a stream as a ``Dataset``; anything else as it is.
 
-    The rows go through the disk cache of ``datasets`` in chunks, so that a pool may be larger than memory.
+    The rows go to a temporary folder in chunks, so that a pool may be larger than memory; the folder goes when the
+    process ends. The cache of ``datasets`` is not used: it knows a stream by its code, not by what it reads.
 
     Args:
         rows: An ``IterableDataset``, or rows of known length.
@@ -34,5 +38,7 @@ def spooled(rows: Any, *, limit: int | None = None) -> Any:
 
     if next(read(), None) is None:
         raise DataError("the pool is empty: the stream ends before its first row.")
-    read_rows: Any = Dataset.from_generator(read, features=features)
-    return read_rows
+    folder = tempfile.mkdtemp(prefix="hf_eff-stream-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    dataset: Any = Dataset.from_generator(read, features=features, cache_dir=folder)
+    return dataset

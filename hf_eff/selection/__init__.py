@@ -24,6 +24,7 @@ from hf_eff.contracts.spec import MethodSpec
 from hf_eff.engines.facts import model_facts
 from hf_eff.engines.pool_size import SizedConfig
 from hf_eff.engines.pooling import PadRows, RowFormat, make_pool
+from hf_eff.engines.ranks import Ranks
 from hf_eff.engines.spool import spooled
 from hf_eff.errors import DataError, ManifestError, NoEffectWarning, OptionError, PlanError
 from hf_eff.hardware.ledger import Ledger
@@ -31,6 +32,7 @@ from hf_eff.manifest import MANIFEST, read_manifest
 from hf_eff.manifest.card import FOLDER, dataset_card
 from hf_eff.manifest.provenance import check_picks, describe_dataset, describe_scorer, selection_fields
 from hf_eff.registry import require, resolve
+from hf_eff.report.selection_report import write_selection_report
 from hf_eff.stages.choice import PoolChoice, choose_pool
 from hf_eff.stages.proxy import load_proxy, scorer_of
 
@@ -57,7 +59,6 @@ _DRIVER_OPTIONS = (
     "id_column",
     "learning_rate",
     "train_epochs",
-    "stream_rows",
 )
 
 
@@ -145,8 +146,7 @@ def select_dataset(
         **options: Options of the method, such as ``fraction=0.1``; those of ``PoolOptions``, such as
             ``pipeline=["quality_filter"]`` or ``proxy_model=`` (a folder, a Hub id or a model); and
             ``max_length`` (1024), ``batch_tokens`` (16384), ``columns`` that identify a row,
-            ``id_column`` to record, ``learning_rate`` and ``train_epochs`` (3) of the run to come,
-            ``stream_rows`` to read of a stream (all).
+            ``id_column`` to record, ``learning_rate`` and ``train_epochs`` (3) of the run to come.
 
     Returns:
         The selection; ``selection.apply(pool)`` gives the rows.
@@ -160,9 +160,9 @@ def select_dataset(
     choice = choose_pool(method, options if proxy is None else {**options, "proxy_model": _name_of(proxy)})
     for chosen in choice.stages:
         _check_given(chosen.spec, model, target)
-    ledger = Ledger(Budget.parse(budget))
+    ledger, ranks = Ledger(Budget.parse(budget)), Ranks()
     scoring = _scoring_fields(model, ledger)
-    rows = spooled(pool, limit=driver.pop("stream_rows", None))
+    rows = spooled(pool, limit=choice.options.stream_rows)
     row_format = RowFormat(max_length=driver.pop("max_length", 1024), is_causal_lm=scoring.get("is_causal_lm", True))
     columns, row_ids = driver.pop("columns", None), _row_ids(rows, driver.pop("id_column", None))
     epochs = driver.pop("train_epochs", 3.0)
@@ -175,7 +175,10 @@ def select_dataset(
         collate=PadRows.of(processing_class),
         generator=torch.Generator().manual_seed(seed),
         seed=seed,
-        store_dir=None if output_dir is None else Path(output_dir) / "store",
+        store_dir=None
+        if output_dir is None
+        else Path(output_dir) / ("store" if ranks.is_first else f"store-{ranks.rank}"),
+        processes=ranks,
         tokenizer=tokenizer,
         proxy=load_proxy(
             choice.options.proxy_model if proxy is None else proxy, tokenizer, scoring.get("device", "cpu")
@@ -191,8 +194,9 @@ def select_dataset(
             scorer=describe_scorer(model, processing_class, row_format.max_length),
             row_ids=row_ids,
         )
-    if output_dir is not None:
-        selection.save(output_dir)
+    selection = ranks.broadcast(selection)
+    if output_dir is not None and ranks.is_first:
+        write_selection_report(selection, candidates, selection.save(output_dir), tokenizer)
     return selection
 
 

@@ -7,6 +7,7 @@ from datasets import load_dataset
 
 from hf_eff.cli import main
 from hf_eff.manifest import Selection
+from hf_eff.testing.tiny import tiny_model
 
 LESS = ["--selection", "less", "--selection_kwargs", '{"num_examples": 6, "dims": 32, "warmup_epochs": 1}']
 
@@ -65,3 +66,53 @@ def test_text_needs_a_tokenizer(named, tmp_path, capsys):
     words = ["select", *named[2:4], "--selection", "random", "--output_dir", str(tmp_path)]
     assert main(words) == 2
     assert "needs --model" in capsys.readouterr().err
+
+
+# dry run
+
+
+def dry(named, capsys, *flags):
+    assert main(["select", *named, "--dry-run", "--json", *flags]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_dry_run_predicts_what_selecting_spends_and_writes_nothing(named, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    facts = dry(named, capsys, *LESS)
+    assert not list(tmp_path.iterdir())
+    assert main(["select", *named, *LESS, "--output_dir", "out", "--json"]) == 0
+    spent = json.loads(capsys.readouterr().out)["flops"]
+    assert facts["selection_flops"] == pytest.approx(spent, rel=0.35)  # rows are padded, and few
+    assert (facts["rows"], facts["selected_rows"], facts["selection"]) == (24, 6, ["less"])
+
+
+def test_a_dry_run_says_when_selecting_pays(named, capsys):
+    facts = dry(named, capsys, *LESS)
+    selecting, training = facts["selection_flops"], facts["training_flops"]
+    assert facts["break_even_uses"] == pytest.approx(selecting / (training * 0.5))
+    assert facts["needed_speedup"] == pytest.approx(1 + selecting / training)
+    assert facts["pays"] is (facts["break_even_uses"] < 1)
+    more = dry(named, capsys, *LESS, "--train_epochs", "300")
+    assert more["training_flops"] == pytest.approx(100 * training)
+    assert more["pays"]
+
+
+def test_a_larger_model_to_train_makes_the_same_choice_pay_sooner(named, tmp_path, capsys):
+    tiny_model(layers=8, width=128).save_pretrained(tmp_path / "large")
+    small, large = dry(named, capsys, *LESS), dry(named, capsys, *LESS, "--train_model", str(tmp_path / "large"))
+    assert large["selection_flops"] == small["selection_flops"]
+    assert large["training_flops"] > 3 * small["training_flops"]
+
+
+def test_a_dry_run_applies_the_cap(named, capsys):
+    kwargs = json.dumps({"fraction": 0.25, "max_selection_fraction": 0.01})
+    facts = dry(named, capsys, "--selection", "perplexity", "--selection_kwargs", kwargs)
+    assert (facts["selection"], facts["selection_flops"]) == (["random"], 0.0)
+    assert "more than the max_selection_fraction=0.01 allowed; balanced random rows" in facts["notes"][0]
+
+
+def test_a_dry_run_for_people(named, capsys):
+    assert main(["select", *named, *LESS, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "rows        6 of 24" in out
+    assert "verdict     selection " in out

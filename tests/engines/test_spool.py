@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from datasets import Dataset, IterableDataset
@@ -37,6 +40,27 @@ def test_nothing_to_read(limit, message):
     empty = IterableDataset.from_generator(lambda: iter([]))
     with pytest.raises(DataError, match=message):
         spooled(empty, limit=limit)
+
+
+def test_the_files_go_with_the_process():
+    code = (
+        "from hf_eff.engines.spool import spooled; from hf_eff.testing.tiny import tiny_pool\n"
+        "print(spooled(tiny_pool(4).to_iterable_dataset()).cache_files[0]['filename'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    path = Path(done.stdout.splitlines()[-1])
+    assert path.suffix == ".arrow"
+    assert not path.exists()
+
+
+def test_a_stream_that_changed_is_read_anew(tmp_path):
+    path = tmp_path / "rows.txt"
+    texts = []
+    for content in ("one", "two"):
+        path.write_text(content)
+        stream = IterableDataset.from_generator(lambda: ({"text": line} for line in path.read_text().split()))
+        texts.append(spooled(stream)["text"][:])
+    assert texts == [["one"], ["two"]]
 
 
 def test_a_stream_gives_the_selection_of_its_rows():
