@@ -38,6 +38,10 @@ class BudgetExceededError(EffError, RuntimeError):
     """The next unit of work would pass a budget; nothing of it was spent."""
 
 
+class ScoringStoppedError(EffError, RuntimeError):
+    """Scoring was asked to stop before every row had a score; there is no selection."""
+
+
 class TrainingDivergedError(EffError, FloatingPointError):
     """The loss became NaN or infinite and the run cannot go on."""
 

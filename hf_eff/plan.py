@@ -258,7 +258,8 @@ def _selection_cost(resolved: ResolvedOptions, facts: Facts) -> tuple[int | None
     """Rows that are left to train on, and the cost of getting there stage by stage."""
     rows, flops, tokens, disk = facts.pool.num_rows, 0.0, 0.0, 0.0
     for chosen in (*resolved.stages, *resolved.selection):
-        scored = facts.replace(model=facts.proxy) if facts.proxy and chosen.spec.traits.uses_proxy else facts
+        by_proxy = facts.proxy is not None and chosen.spec.traits.uses_proxy
+        scored = facts.replace(model=facts.proxy, trained=facts.model) if by_proxy else facts
         cost: Cost = chosen.spec.cost(chosen.config, _with_rows(scored, rows))
         flops, tokens, disk = flops + cost.flops, tokens + cost.tokens, disk + cost.disk_bytes
         if rows is not None and resolved.selects:

@@ -133,7 +133,7 @@ class SelectionStage:
             generator=torch.Generator().manual_seed(trainer.args.seed),
             seed=trainer.args.seed,
             device=trainer.args.device,
-            store_dir=run.directory.path / (STORE if run.ranks.is_first else f"{STORE}-{run.ranks.rank}"),
+            store_dir=run.directory.path / run.ranks.folder(STORE),
             spend=_spender(run),
             forward_flops=lambda rows, length: forward_flops(run.model, BatchShape(rows, length)),
             progress=_progress(disable=trainer.args.disable_tqdm),

@@ -15,7 +15,7 @@ from hf_eff.registry import get_method, list_methods
 from hf_eff.testing.toys import half
 
 pytestmark = pytest.mark.distributed
-WORKER = Path(__file__).parent / "workers" / "two_ranks.py"
+WORKERS = Path(__file__).parent / "workers"
 SPECS = [get_method(kind, name) for kind in KINDS for name in list_methods(kind)]
 TRAINERS = ("trainer", "sft")
 TRAINS = [(spec, trainer) for spec in SPECS if spec.traits.ddp for trainer in TRAINERS]
@@ -36,16 +36,25 @@ def locked_folder(factory, name):
         yield folder
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What the two ranks wrote; one launch however many workers run these tests."""
-    with locked_folder(tmp_path_factory, "ranks") as folder:
+def launched(factory, name):
+    """What two ranks of a worker wrote; one launch however many processes run these tests."""
+    with locked_folder(factory, name) as folder:
         if not (folder / "found.json").exists():
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-            command = [*launcher, str(WORKER), str(folder)]
+            command = [*launcher, str(WORKERS / f"{name}.py"), str(folder)]
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
             assert done.returncode == 0, done.stderr[-4000:]
         return json.loads((folder / "found.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return launched(tmp_path_factory, "two_ranks")
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    return launched(tmp_path_factory, "two_scorers")
 
 
 @pytest.mark.parametrize(("spec", "trainer"), TRAINS, ids=_id)
@@ -68,3 +77,24 @@ def test_what_cannot_run_on_two_is_refused_by_name(found):
 def test_ranks_that_drift_apart_are_noticed(found):
     weights = found["drifting"]["weights"]
     assert weights[0] != weights[1]
+
+
+# shared scoring
+
+SELECTORS = [spec for spec in SPECS if spec.kind == "selection"]
+
+
+@pytest.mark.parametrize("spec", SELECTORS, ids=_id)
+def test_two_processes_choose_as_one(scored, spec):
+    result = scored[spec.name]
+    for way in ("together", "stored"):
+        first, second = result[way]
+        assert first["positions"] == second["positions"] == result["alone"]["positions"], way
+        assert first["scores"] == second["scores"] == result["alone"]["scores"], way
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SELECTORS if spec.traits.needs_model], ids=_id)
+def test_scoring_is_shared_and_charged_alike(scored, spec):
+    alone, (first, second) = scored[spec.name]["alone"], scored[spec.name]["together"]
+    assert first["flops"] == second["flops"] >= alone["flops"]
+    assert max(first["rows"], second["rows"]) < alone["rows"]

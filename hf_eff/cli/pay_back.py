@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_eff.cli.plan import sampled_facts
@@ -14,6 +15,10 @@ from hf_eff.units import format_amount
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from hf_eff.contracts.cost import Facts
+    from hf_eff.numerics.payback import PayBack
+    from hf_eff.plan import Plan
 
 _ROWS_OF_A_STEP = 8  # FLOPs do not depend on it but for the last batch
 
@@ -42,28 +47,44 @@ def selection_plan(options: argparse.Namespace, pool: Dataset, target: Dataset |
     if options.model is None:
         raise DataError("--dry-run needs --model, whose configuration and tokenizer it reads.")
     tokenizer = load_tokenizer(options.model, options.cache_dir)
+    proxy = options.selection_kwargs.get("proxy_model")
     scorer = model_facts_from_config(load_config(options.model, options.cache_dir))
     facts = Facts(
         model=scorer,
         pool=sampled_facts(pool, target, tokenizer, options.max_length or 1024),
         run=RunFacts(epochs=options.train_epochs, batch_size=_ROWS_OF_A_STEP),
+        proxy=None if proxy is None else model_facts_from_config(load_config(proxy, options.cache_dir)),
     )
-    wanted = EffOptions(selection=options.selection, selection_kwargs=options.selection_kwargs)
-    proxy = options.selection_kwargs.get("proxy_model")
-    if proxy is not None:
-        facts = facts.replace(proxy=model_facts_from_config(load_config(proxy, options.cache_dir)))
-    scored = make_plan(wanted, facts)
-    trained = scored
-    if options.train_model is not None:
-        model = model_facts_from_config(load_config(options.train_model, options.cache_dir))
-        plain = dataclasses.replace(wanted, selection="random", selection_kwargs={"num_examples": scored.selected_rows})
-        trained = make_plan(plain, facts.replace(model=model))
-    payback = PayBack(scored.flops["select"], trained.flops["train"], scored.resolved.pool.expected_speedup)
-    uses = payback.break_even_uses
+    scored = make_plan(EffOptions(selection=options.selection, selection_kwargs=options.selection_kwargs), facts)
+    speedup = scored.resolved.pool.expected_speedup
+    if options.measured is not None:
+        speedup = measured_speedup(options.measured, options.selection)
     return {
         "selection": [chosen.spec.name for chosen in scored.resolved.pool_stages],
         "rows": len(pool),
         "selected_rows": scored.selected_rows,
+        **_verdict(PayBack(scored.flops["select"], _training_flops(options, facts, scored), speedup)),
+        "notes": [note for note in scored.warnings if "selection" in note],
+    }
+
+
+def _training_flops(options: argparse.Namespace, facts: Facts, scored: Plan) -> float:
+    """FLOPs of training ``train_model``, or without one the model that scores, on the rows to keep."""
+    from hf_eff.engines.facts import model_facts_from_config
+    from hf_eff.options import EffOptions
+    from hf_eff.plan import make_plan
+
+    if options.train_model is None:
+        return scored.flops["train"]
+    model = model_facts_from_config(load_config(options.train_model, options.cache_dir))
+    plain = EffOptions(selection="random", selection_kwargs={"num_examples": scored.selected_rows})
+    return make_plan(plain, facts.replace(model=model)).flops["train"]
+
+
+def _verdict(payback: PayBack) -> dict[str, Any]:
+    """JSON-able: infinite uses are None."""
+    uses = payback.break_even_uses
+    return {
         "selection_flops": payback.selection_flops,
         "training_flops": payback.training_flops,
         "expected_speedup": payback.speedup,
@@ -71,8 +92,42 @@ def selection_plan(options: argparse.Namespace, pool: Dataset, target: Dataset |
         "break_even_uses": uses if uses < float("inf") else None,
         "pays": payback.pays(),
         "verdict": str(payback),
-        "notes": [note for note in scored.warnings if "selection" in note],
     }
+
+
+def measured_speedup(path: Path, selection: str) -> float:
+    """How much faster than random rows a choice taught in trainings that were done before.
+
+    Args:
+        path: JSON lines, one training each, with ``selection`` (a method's name), ``flops`` of the training and
+            ``value``, higher is better: accuracy, or the negative of a loss.
+        selection: The method to compare with ``random``; each needs three trainings of different cost.
+
+    Returns:
+        Ratio of the rates of their gain curves, at least 1.
+
+    Raises:
+        DataError: The file cannot be read or holds too little.
+    """
+    from hf_eff.numerics.gain_curve import fit_gain_curve
+
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        full = max(float(row["flops"]) for row in rows)
+        points = {
+            name: [(float(row["flops"]), float(row["value"])) for row in rows if row["selection"] == name]
+            for name in (selection, "random")
+        }
+        rates = [
+            fit_gain_curve([cost for cost, _ in found], [value for _, value in found], full).rate
+            for found in points.values()
+            if found
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"measured={str(path)!r} holds no usable trainings ({error!r}).") from error
+    if len(rates) < 2:
+        raise DataError(f"measured={str(path)!r} needs trainings on {selection!r} and on 'random' rows.")
+    return max(1.0, rates[0] / rates[1])
 
 
 def pay_back_lines(facts: Mapping[str, Any]) -> list[str]:

@@ -80,6 +80,11 @@ def parse_select(argv: Sequence[str]) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="print what selecting would cost and whether it pays; spends nothing")
     add("--train_model", help="model that will be trained on the choice, where it is not --model (dry run)")
     add("--train_epochs", type=float, default=3.0, help="epochs it will be trained for (3)")
+    add(
+        "--measured",
+        type=Path,
+        help="JSON lines of trainings done: selection, flops, value; for the dry run's speed-up",
+    )
     add("--json", action="store_true", help="print one JSON object on stdout and the rest on stderr")
     parser.apply_config(config)
     options, rest = parser.parse_known_args(words)

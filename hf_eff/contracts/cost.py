@@ -137,7 +137,7 @@ class Facts:
     """Everything ``make_plan`` and a method's ``cost`` may look at.
 
     ``proxy`` is the smaller model that scores the pool, if there is one; the cost of a method that uses it is asked
-    for with the proxy as ``model``.
+    for with the proxy as ``model`` and the model that is trained as ``trained``.
     """
 
     model: ModelFacts
@@ -145,6 +145,7 @@ class Facts:
     hardware: HardwareFacts = field(default_factory=HardwareFacts)
     run: RunFacts = field(default_factory=RunFacts)
     proxy: ModelFacts | None = None
+    trained: ModelFacts | None = None
 
     def replace(self, **changes: Any) -> Facts:
         """Copy with some parts changed."""

@@ -1,9 +1,9 @@
 """Feature vectors of a pool on disk, filled row by row, that survive a kill and refuse strangers.
 
-A store is a folder of four files, none of them a pickle: ``features.bin`` [N, D] of unit vectors,
-``norms.bin`` [N] float32, ``done.bin`` [N] one byte a row, and ``header.json``, which says what the
-numbers depend on. Vectors are stored at length one beside their norm, so that half precision
-neither overflows nor underflows whatever the scale of the gradients.
+A store is a folder of four files, none of them a pickle: ``features.bin`` [N, P] of unit vectors, as
+floats or packed in a few bits a number, ``norms.bin`` [N] float32, ``done.bin`` [N] one byte a row,
+and ``header.json``, which says what the numbers depend on. Vectors are stored at length one beside their
+norm, so that half precision neither overflows nor underflows whatever the scale of the gradients.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_eff.contracts.selection import Pool
+from hf_eff.engines.quantised_store import RowCodec, row_codec
 from hf_eff.errors import ManifestError
 from hf_eff.files import write_json
 from hf_eff.numerics.row_hash import row_hashes
@@ -36,10 +37,11 @@ _SAMPLED_ROWS = 64
 class FeatureStore:
     """Unit feature vectors and norms of N rows, in a folder or in memory."""
 
-    def __init__(self, features: np.ndarray, norms: np.ndarray, done: np.ndarray) -> None:
+    def __init__(self, features: np.ndarray, norms: np.ndarray, done: np.ndarray, codec: RowCodec) -> None:
         self._features = features
         self._norms = norms
         self._done = done
+        self._codec = codec
 
     @classmethod
     def open(cls, folder: Path | None, *, rows: int, width: int, dtype: str, header: Mapping[str, Any]) -> FeatureStore:
@@ -49,22 +51,29 @@ class FeatureStore:
             folder: Its folder; None keeps it in memory.
             rows: N, at least 1.
             width: D, at least 1.
-            dtype: ``"float16"`` or ``"float32"``.
+            dtype: One of ``STORE_DTYPES``: ``"float16"``, ``"float32"``, or a few bits such as ``"int1"``.
             header: What the features depend on; JSON-able. A store with another header is refused.
 
         Raises:
             ManifestError: The folder holds features of something else, or a file is cut short.
         """
-        shapes = {"features": ((rows, width), dtype), "norms": ((rows,), "float32"), "done": ((rows,), "uint8")}
+        codec = row_codec(dtype, width)
+        shapes = {
+            "features": ((rows, codec.items), codec.item),
+            "norms": ((rows,), "float32"),
+            "done": ((rows,), "uint8"),
+        }
         if folder is None:
-            return cls(*(np.zeros(shape, dtype=kind) for shape, kind in shapes.values()))
+            features, norms, done = (np.zeros(shape, dtype=kind) for shape, kind in shapes.values())
+            return cls(features, norms, done, codec)
         header = {"format": FORMAT, "num_rows": rows, "width": width, "dtype": dtype, **header}
         if not check_header(folder, header):
             for name, (shape, kind) in shapes.items():
                 _allocate(folder / f"{name}.bin", math.prod(shape) * np.dtype(kind).itemsize)
             # Last: a folder without a header is an unfinished one and is started afresh.
             write_header(folder, header)
-        return cls(*(_map(folder / f"{name}.bin", shape, kind) for name, (shape, kind) in shapes.items()))
+        features, norms, done = (_map(folder / f"{name}.bin", *shapes[name]) for name in shapes)
+        return cls(features, norms, done, codec)
 
     @property
     def done(self) -> np.ndarray:
@@ -88,7 +97,7 @@ class FeatureStore:
         norms = torch.where(torch.isfinite(norms), norms, torch.nan)
         unit = exact / torch.where(norms > 0, norms, 1.0)[:, None]
         unit = torch.where((norms > 0)[:, None], unit, 0.0)
-        self._features[positions] = unit.numpy()
+        self._features[positions] = self._codec.encode(unit)
         self._norms[positions] = norms.numpy()
         _flush(self._features, self._norms)
         # Only now, and flushed on its own: a flag never runs ahead of its row.
@@ -96,8 +105,16 @@ class FeatureStore:
         _flush(self._done)
 
     def unit_rows(self, rows: slice) -> Tensor:
-        """[rows, D] unit vectors in float32."""
-        return torch.from_numpy(np.asarray(self._features[rows], dtype=np.float32))
+        """[rows, D] unit vectors in float32; a row without a finite vector that is not zero is zero."""
+        return self._codec.decode(self._features[rows]) * self._present(rows)
+
+    def products(self, rows: slice, queries: Tensor) -> Tensor:
+        """[rows, Q] inner products of unit vectors with queries [Q, D], in float32."""
+        return self._codec.products(self._features[rows], queries) * self._present(rows)
+
+    def _present(self, rows: slice) -> Tensor:
+        """[rows, 1] one, or zero where there is no vector: packed codes may know no zero."""
+        return torch.from_numpy((self._norms[rows] > 0).astype(np.float32))[:, None]
 
 
 def check_header(folder: Path, expected: Mapping[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_eff.engines.scoring import model_example_losses
 from hf_eff.errors import DataError, PlanError
@@ -24,8 +25,13 @@ from hf_eff.numerics.example_loss import IGNORE_INDEX, Reduction
 
 _PACKING_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_lengths", "seq_idx")
 
+_SHORT = 128
+"""Tokens up to which a fused attention kernel is slower than plain matrix products, in half precision on a CPU."""
+
 Calls = dict[str, list[tuple[Tensor, Tensor]]]
-"""Input and output of each call of each factor during one forward."""
+"""Input and output of each call of each module during one forward."""
+Signal = tuple[Tensor, Tensor]
+"""Slope of the losses with respect to a module's output, and the module's input."""
 
 
 def example_gradients(
@@ -55,7 +61,37 @@ def example_gradients(
         DataError: Rows of the batch are not independent examples, or no factor took part.
         PlanError: The model's training loss couples the rows of a batch.
     """
-    with torch.enable_grad(), _recorded(factors) as calls:
+    signals = module_signals(
+        model,
+        factors,
+        batch,
+        is_causal_lm=is_causal_lm,
+        reduction=reduction,
+        compute_dtype=compute_dtype,
+    )
+    for index, name in enumerate(factors):
+        if name in signals:
+            yield index, _outer_sum(signals.pop(name))
+
+
+def module_signals(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batch: Mapping[str, Any],
+    *,
+    is_causal_lm: bool,
+    reduction: Reduction = "mean",
+    compute_dtype: torch.dtype | None = None,
+) -> dict[str, list[Signal]]:
+    """What per-example gradients are made of: slopes and inputs of modules, from one backward.
+
+    Arguments as for ``example_gradients``; the modules' own weights need ``requires_grad``.
+
+    Returns:
+        Slope [B, ..., o] of the summed losses and input [B, ...] of each call, by module. A module that took
+        no part is left out.
+    """
+    with torch.enable_grad(), _recorded(modules) as calls:
         losses, counts = adapter_losses(
             model, batch, is_causal_lm=is_causal_lm, reduction=reduction, compute_dtype=compute_dtype
         )
@@ -63,16 +99,11 @@ def example_gradients(
         # The sum over examples, not the mean: row b of every gradient is then that of loss b alone.
         outputs = [calls[name][call][1] for name, call in places]
         slopes = torch.autograd.grad(losses[counts > 0].sum(), outputs, allow_unused=True)
-    rows = len(losses)
-    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    found: dict[str, list[Signal]] = {}
     for (name, call), slope in zip(places, slopes, strict=True):
         if slope is not None:
-            parts.setdefault(name, []).append((slope, calls[name][call][0]))
-    calls.clear()
-    del outputs, slopes
-    for index, name in enumerate(factors):
-        if name in parts:
-            yield index, _outer_sum(name, parts.pop(name), rows)
+            found.setdefault(name, []).append((slope, calls[name][call][0]))
+    return {name: _by_example(name, parts, len(losses)) for name, parts in found.items()}
 
 
 def adapter_losses(
@@ -99,7 +130,7 @@ def adapter_losses(
     _require_separate_rows(model, batch)
     if is_causal_lm:
         batch = _scored_tail(model, batch)
-    with _autocast(batch, compute_dtype):
+    with _autocast(batch, compute_dtype), _attention(model, batch, compute_dtype):
         losses, counts = model_example_losses(model, batch, is_causal_lm=is_causal_lm, reduction=reduction)
     if not losses.requires_grad:
         raise DataError(
@@ -145,12 +176,23 @@ def _autocast(batch: Mapping[str, Any], dtype: torch.dtype | None) -> AbstractCo
     return torch.autocast(device, dtype=dtype)
 
 
+def _attention(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Attention by plain matrix products where the backward of the fused kernel is the slower one."""
+    tensors = [value for value in batch.values() if isinstance(value, Tensor)]
+    width = max((value.shape[1] for value in tensors if value.dim() > 1), default=0)
+    dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    if is_half and width <= _SHORT and all(value.device.type == "cpu" for value in tensors):
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
+
+
 @contextmanager
-def _recorded(factors: Mapping[str, nn.Linear]) -> Iterator[Calls]:
-    """Keep input and output of every call of the factors.
+def _recorded(modules: Mapping[str, nn.Module]) -> Iterator[Calls]:
+    """Keep input and output of every call of the modules.
 
     Yields:
-        What has been kept so far, by factor.
+        What has been kept so far, by module.
     """
     calls: Calls = {}
 
@@ -160,7 +202,7 @@ def _recorded(factors: Mapping[str, nn.Linear]) -> Iterator[Calls]:
 
         return keep
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in factors.items()]
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
     try:
         yield calls
     finally:
@@ -168,17 +210,22 @@ def _recorded(factors: Mapping[str, nn.Linear]) -> Iterator[Calls]:
             handle.remove()
 
 
-def _outer_sum(name: str, parts: list[tuple[Tensor, Tensor]], rows: int) -> Tensor:
-    """[B, o * i] from the slopes [B, T, o] and inputs [B, T, i] of every call of one factor."""
+def _by_example(name: str, parts: list[Signal], rows: int) -> list[Signal]:
+    """The calls of one module, each with a row an example."""
     if all(len(slope) == 1 for slope, _ in parts) and len(parts) == rows:
         # The model was called once a row: its head has no per-example loss of its own.
-        return torch.cat([_outer(slope, inputs) for slope, inputs in parts])
+        return [(torch.cat([slope for slope, _ in parts]), torch.cat([inputs for _, inputs in parts]))]
     for slope, _ in parts:
         if len(slope) != rows:
             raise DataError(
                 f"{name} sees {len(slope)} rows for a batch of {rows} examples, so that gradients of single examples "
                 "cannot be told apart; turn padding-free batches off, or leave routed experts out of target_modules."
             )
+    return parts
+
+
+def _outer_sum(parts: list[Signal]) -> Tensor:
+    """[B, o * i] from the slopes [B, T, o] and inputs [B, T, i] of every call of one factor."""
     total = _outer(*parts[0])
     for slope, inputs in parts[1:]:
         total += _outer(slope, inputs)

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from hf_eff.contracts.governor import ProbeReading
-from hf_eff.engines.scoring import model_example_losses, scoring_mode, token_batches
+from hf_eff.engines.pool_pass import token_batches
+from hf_eff.engines.scoring import model_example_losses, scoring_mode
 from hf_eff.errors import CheckpointError, DataError
 from hf_eff.numerics.probe_size import affordable_examples
 from hf_eff.numerics.row_hash import hash_of_hashes, row_hash

@@ -2,22 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hf_eff.contracts.selection import Pool, SelectionContext
 from hf_eff.engines.adapter import Adapter
 from hf_eff.engines.datastore import FeatureStore, pool_fingerprint
 from hf_eff.engines.example_gradients import example_gradients
-from hf_eff.engines.scoring import pool_batches, token_batches
+from hf_eff.engines.pool_pass import scored_batches, unfinished
 from hf_eff.numerics.adam_direction import Direction
 from hf_eff.numerics.example_loss import Reduction
 from hf_eff.numerics.projection import RademacherProjector
+from hf_eff.numerics.sparse_projection import SparseProjector
+from hf_eff.numerics.two_sided_projection import TwoSidedProjector
+
+PROJECTIONS = ("rademacher", "sparse", "two_sided")
+
+
+class Projector(Protocol):
+    """Makes a short vector of an example's gradient, which comes as a stream of tensors."""
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the gradient is kept as it is."""
+
+    @property
+    def width(self) -> int:
+        """Numbers kept an example."""
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of projecting one example."""
+
+    def fingerprint(self) -> str:
+        """Digest of everything the projection depends on."""
+
+    def project(self, pieces: Iterable[tuple[int, Tensor]], rows: int) -> Tensor:
+        """[B, width] of pairs of a tensor's number and its gradients [B, p]."""
+
+
+def make_projector(kind: str, adapter: Adapter, dims: int, seed: int) -> Projector:
+    """The projection of an adapter's gradients.
+
+    Args:
+        kind: One of ``PROJECTIONS``.
+        adapter: Whose gradients.
+        dims: Width; at or above the adapter's size nothing is projected.
+        seed: Names the matrix.
+    """
+    shapes = tuple((shape[0], shape[1]) for shape in adapter.shapes.values())
+    if kind == "two_sided":
+        return TwoSidedProjector(shapes, dims, seed)
+    sizes = tuple(math.prod(shape) for shape in shapes)
+    return SparseProjector(sizes, dims, seed) if kind == "sparse" else RademacherProjector(sizes, dims, seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +76,7 @@ class FeatureRecipe:
     """
 
     adapter: Adapter
-    projector: RademacherProjector
+    projector: Projector
     reduction: Reduction = "mean"
     compute_dtype: torch.dtype | None = None
 
@@ -47,15 +91,15 @@ class FeatureRecipe:
 
 
 def backward_context(
-    context: SelectionContext, adapter: Adapter, batch_tokens: int, projector: RademacherProjector | None = None
+    context: SelectionContext, adapter: Adapter, batch_tokens: int, projector: Projector | None = None
 ) -> SelectionContext:
     """The context for batches with a backward through an adapter: smaller, and charged for what they cost.
 
     With frozen base weights the backward is about one more forward. Each entry of the adapter costs
-    2 FLOPs a token in the forward, 2 for the gradient of its input and 2 for its own. A projection to
-    D dims costs 2 D FLOPs an entry and example.
+    2 FLOPs a token in the forward, 2 for the gradient of its input and 2 for its own. A projection costs
+    its own FLOPs an example.
     """
-    per_row = 2.0 * adapter.num_params * projector.dims if projector and not projector.is_identity else 0.0
+    per_row = projector.flops if projector else 0.0
 
     def flops(rows: int, length: int) -> float:
         return 2 * context.forward_flops(rows, length) + 6.0 * adapter.num_params * rows * length + per_row * rows
@@ -80,7 +124,7 @@ def pool_features(
         context: From ``backward_context``; its model is in evaluation mode.
         pool: The rows.
         recipe: How a feature is made.
-        dtype: Type of the stored features.
+        dtype: Type of the stored features, one of ``STORE_DTYPES``.
         folder: Keeps finished batches. Interrupted and called again with the same pool, recipe and
             ``batch_tokens``, only unfinished batches are computed, and the features are those of an
             uninterrupted call, bit for bit. None keeps them in memory.
@@ -96,8 +140,8 @@ def pool_features(
     """
     about = {**recipe.describe(), "rows": pool_fingerprint(pool), **(header or {})}
     store = FeatureStore.open(folder, rows=len(pool), width=recipe.projector.width, dtype=dtype, header=about)
-    lacking = np.where(_in_unfinished_batch(context, pool, store.done), pool.loss_lengths, 0)
-    for positions, batch in pool_batches(context, replace(pool, loss_lengths=lacking), description):
+
+    def features(batch: Mapping[str, Any], rows: int) -> Tensor:
         pieces = example_gradients(
             context.model,
             recipe.adapter.factors,
@@ -108,15 +152,35 @@ def pool_features(
         )
         if direction is not None:
             pieces = ((index, direction(index, gradients)) for index, gradients in pieces)
-        store.write(positions, recipe.projector.project(pieces, len(positions)))
+        return recipe.projector.project(pieces, rows)
+
+    fill_store(context, pool, store, features, description)
     return store
 
 
-def _in_unfinished_batch(context: SelectionContext, pool: Pool, done: np.ndarray) -> np.ndarray:
-    """[N] Rows of batches that are not done as a whole: a batch is redone with its old neighbours or not at all."""
-    valid = np.flatnonzero(pool.loss_lengths > 0)
-    ties = None if pool.row_hash is None else [pool.row_hash[int(i)] for i in valid]
-    unfinished = np.zeros(len(pool), dtype=bool)
-    for local in token_batches(pool.lengths[valid], context.batch_tokens, ties=ties):
-        unfinished[valid[local]] = not done[valid[local]].all()
-    return unfinished
+def fill_store(
+    context: SelectionContext,
+    pool: Pool,
+    store: FeatureStore,
+    features: Callable[[Mapping[str, Any], int], Tensor],
+    description: str,
+) -> None:
+    """Compute what a store lacks of the valid rows of a pool, in the batches of an uninterrupted call.
+
+    Args:
+        context: Limits, collator and progress bar.
+        pool: The rows.
+        store: Has a row a row of the pool.
+        features: [B, D] of a batch on the device and its number of rows B.
+        description: Text of the progress bar.
+
+    Raises:
+        BudgetExceededError: The next batch would pass a limit; it was not computed.
+        ScoringStoppedError: A stop was requested.
+    """
+
+    def compute(positions: np.ndarray, batch: Mapping[str, Any]) -> torch.Tensor:
+        return features(batch, len(positions)).cpu()
+
+    for positions, found in scored_batches(context, unfinished(context, pool, store.done), description, compute):
+        store.write(positions, found)

@@ -1,4 +1,4 @@
-"""Similarity of stored gradients to the gradients of a target, group by group."""
+"""Similarity of stored gradients to the gradients of a target, group by group or row by row."""
 
 from __future__ import annotations
 
@@ -89,7 +89,44 @@ class Influence:
             best[rows], closest[rows] = reduced.numpy(), by_group.argmax(dim=1).numpy()
         return np.where(usable, best, np.nan), closest
 
+    def matrix(
+        self, pools: Sequence[FeatureStore], targets: Sequence[FeatureStore], weights: Sequence[float]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Similarity of every row to every target row, summed over checkpoints.
+
+        Neither ``val_agg`` nor ``group_reduce`` plays a part.
+
+        Args:
+            pools: Features of the N pool rows, one store a checkpoint.
+            targets: Features of the V target rows, one store a checkpoint.
+            weights: Weight of each checkpoint.
+
+        Returns:
+            similarities: [N, V'] float32, NaN in rows of the pool without a finite feature at every
+                checkpoint; target rows without one, or with gradient zero, are left out.
+            members: [V'] positions of the target rows that are not.
+
+        Raises:
+            DataError: No target row has a gradient that is finite and not zero.
+        """
+        usable = np.logical_and.reduce([store.done & np.isfinite(store.norms) for store in pools])
+        members = np.logical_and.reduce([store.done & (store.norms > 0) for store in targets])
+        if not members.any():
+            raise DataError("no row of the target has a finite gradient that is not zero; check the target's labels.")
+        chosen = torch.from_numpy(members)
+        queries = [store.unit_rows(slice(None))[chosen] for store in targets]
+        if self.similarity == "dot":
+            lengths = [torch.from_numpy(store.norms[members])[:, None] for store in targets]
+            queries = [query * length for query, length in zip(queries, lengths, strict=True)]
+        result = np.full((len(usable), int(members.sum())), np.nan, dtype=np.float32)
+        for start in range(0, len(usable), _TILE):
+            rows = slice(start, min(start + _TILE, len(usable)))
+            parts = [w * self._similarities(s, q, rows) for s, q, w in zip(pools, queries, weights, strict=True)]
+            result[rows] = torch.stack(parts).sum(dim=0).numpy()
+        result[~usable] = np.nan
+        return result, np.flatnonzero(members)
+
     def _similarities(self, store: FeatureStore, query: Tensor, rows: slice) -> Tensor:
         """[rows, G]."""
-        cosines = (store.unit_rows(rows) @ query.T).double()
+        cosines = store.products(rows, query).double()
         return cosines if self.similarity == "cosine" else cosines * torch.from_numpy(store.norms[rows])[:, None]

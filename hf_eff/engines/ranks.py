@@ -29,6 +29,10 @@ class Ranks:
         """Whether this process takes the decisions and writes the files."""
         return self.rank == 0
 
+    def folder(self, name: str) -> str:
+        """Name of a folder of intermediate results: the plain one for the first process, numbered for the others."""
+        return name if self.is_first else f"{name}-{self.rank}"
+
     def broadcast(self, value: Value) -> Value:
         """The value of rank 0."""
         if not self.active:

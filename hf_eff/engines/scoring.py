@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hf_eff.contracts.selection import Pool, SelectionContext
-from hf_eff.errors import DataError, EffError
+from hf_eff.engines.pool_pass import scored_batches
+from hf_eff.errors import DataError
 from hf_eff.numerics.example_loss import IGNORE_INDEX, Reduction, example_losses
 
-Value = TypeVar("Value")
 _HEADS = (
     "ForCausalLM",
     "LMHeadModel",
@@ -39,49 +38,6 @@ _HOOK_TABLES = (
 )
 _CAPTURE_HOOKS = "transformers.utils.output_capturing"
 _TENSOR_HOOK_TABLES = ("_backward_hooks", "_post_accumulate_grad_hooks")
-
-
-class ScoringStoppedError(EffError, RuntimeError):
-    """Scoring was asked to stop before every row had a score; there is no selection."""
-
-
-def token_batches(
-    lengths: Sequence[int] | np.ndarray,
-    batch_tokens: int,
-    generator: torch.Generator | None = None,
-    *,
-    ties: Sequence[str] | None = None,
-) -> list[np.ndarray]:
-    """Group positions into batches of similar length, longest first.
-
-    Args:
-        lengths: [N] tokens of each row.
-        batch_tokens: Upper bound of rows x longest row. A row longer than this is a batch of its own.
-        generator: Shuffles the order of the batches, not their content. None keeps longest first,
-            so that a batch that does not fit in memory fails at once.
-        ties: [N] keys, such as row hashes, that order rows of equal length; with them the batches
-            do not depend on the order of the rows.
-
-    Returns:
-        Arrays of positions that partition ``range(N)``.
-
-    >>> [batch.tolist() for batch in token_batches([3, 9, 4, 3], batch_tokens=9)]
-    [[1], [2, 0], [3]]
-    """
-    sizes = np.asarray(lengths, dtype=np.int64)
-    keys = (np.arange(len(sizes)), -sizes) if ties is None else (np.arange(len(sizes)), np.asarray(ties), -sizes)
-    batches: list[list[int]] = []
-    width = 0
-    for position in np.lexsort(keys):
-        size = int(sizes[position])
-        if not batches or (len(batches[-1]) + 1) * max(width, size) > batch_tokens:
-            batches.append([])
-            width = size
-        batches[-1].append(int(position))
-    arrays = [np.asarray(batch, dtype=np.int64) for batch in batches]
-    if generator is None:
-        return arrays
-    return [arrays[i] for i in torch.randperm(len(arrays), generator=generator).tolist()]
 
 
 @contextmanager
@@ -142,115 +98,12 @@ def model_example_losses(
     labels = batch.get("labels")
     if labels is None or not (is_causal_lm or _has_plain_head(core)):
         return _losses_row_by_row(model, batch)
-    outputs = model(**_inputs_without_labels(core, batch, is_causal_lm=is_causal_lm))
+    outputs = model(**inputs_without_labels(core, batch, is_causal_lm=is_causal_lm))
     logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
     if not isinstance(logits, Tensor) or (logits.dim() == 3 and labels.shape != logits.shape[:2]):
         return _losses_row_by_row(model, batch)
     problem_type = getattr(getattr(core, "config", None), "problem_type", None)
     return example_losses(logits, labels, shift=is_causal_lm, reduction=reduction, problem_type=problem_type)
-
-
-def pool_batches(
-    context: SelectionContext, pool: Pool, description: str
-) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
-    """Collated batches of the valid rows of ``pool``, each one paid for before it is handed out.
-
-    Every process gets every batch; see ``scored_batches`` for shares of them.
-
-    ``context.spend`` may refuse the next batch with ``BudgetExceededError``.
-
-    Yields:
-        positions: [B] rows of the batch.
-        batch: Tensors on ``context.device``.
-
-    Raises:
-        ScoringStoppedError: ``context.stop_requested`` answered True.
-    """
-    batches = _valid_batches(context, pool)
-    for positions in context.progress(batches, total=len(batches), description=description):
-        batch, cost = _collated(context, pool, positions)
-        _pay(context, [cost] * context.processes.size, description)
-        yield positions, _on_device(batch, context)
-
-
-def scored_batches(
-    context: SelectionContext,
-    pool: Pool,
-    description: str,
-    score: Callable[[np.ndarray, dict[str, Tensor]], Value],
-) -> Iterator[tuple[np.ndarray, Value]]:
-    """What ``score`` makes of each batch of the valid rows of ``pool``; processes share the batches.
-
-    The batches are those of a single process and every process gets every result, so that what is built from the
-    results is the same on all of them. An error of one process is raised on all.
-
-    Args:
-        context: Model, collator, limits, progress bar and processes.
-        pool: Rows to score; rows without loss tokens are skipped.
-        description: Text of the progress bar.
-        score: Called with positions [B] and a batch; with several processes its result must be picklable.
-
-    Yields:
-        positions: [B] rows of the batch.
-        result: What ``score`` returned for it.
-
-    Raises:
-        BudgetExceededError: The next batch would pass a limit; it was not computed.
-        ScoringStoppedError: ``context.stop_requested`` answered True.
-    """
-    batches, processes = _valid_batches(context, pool), context.processes
-    rounds = range(0, len(batches), processes.size)
-    for start in context.progress(rounds, total=len(rounds), description=description):
-        # Where fewer batches are left than processes, the last one is scored by several: nobody waits for less.
-        mine = batches[min(start + processes.rank, len(batches) - 1)]
-        batch, cost = _collated(context, pool, mine)
-        _pay(context, processes.gather(cost), description)
-        outcomes = processes.gather(_attempt(score, mine, _on_device(batch, context)))
-        for outcome in outcomes:
-            if isinstance(outcome, Exception):
-                raise outcome
-        yield from zip(batches[start : start + processes.size], outcomes, strict=False)
-
-
-def _attempt(score: Callable[..., Value], *arguments: Any) -> Value | Exception:
-    """What a function returns, or the error it raises."""
-    try:
-        return score(*arguments)
-    except Exception as error:  # noqa: BLE001 - raised again, by every process
-        return error
-
-
-def _valid_batches(context: SelectionContext, pool: Pool) -> list[np.ndarray]:
-    valid = np.flatnonzero(pool.loss_lengths > 0)
-    ties = None if pool.row_hash is None else [pool.row_hash[i] for i in valid.tolist()]
-    return [valid[local] for local in token_batches(pool.lengths[valid], context.batch_tokens, ties=ties)]
-
-
-@dataclass(frozen=True)
-class _BatchCost:
-    """What one process is about to spend, and whether it was asked to stop."""
-
-    flops: float
-    tokens: float
-    stop: bool
-
-
-def _collated(context: SelectionContext, pool: Pool, positions: np.ndarray) -> tuple[Mapping[str, Any], _BatchCost]:
-    batch = context.collate([pool.rows[int(i)] for i in positions])
-    width = _padded_length(batch, context.model) or int(pool.lengths[positions].max())
-    rows = len(positions)
-    return batch, _BatchCost(context.forward_flops(rows, width), float(rows * width), context.stop_requested())
-
-
-def _pay(context: SelectionContext, costs: Sequence[_BatchCost], description: str) -> None:
-    """Charge what all processes are about to compute: each keeps the same books, so all refuse together."""
-    if any(cost.stop for cost in costs):
-        raise ScoringStoppedError(f"{description}: stopped on request before all rows were scored.")
-    context.spend(sum(cost.flops for cost in costs), sum(cost.tokens for cost in costs))
-
-
-def _on_device(batch: Mapping[str, Any], context: SelectionContext) -> dict[str, Any]:
-    return {key: _to_device(value, context.device) for key, value in batch.items()}
 
 
 def pool_losses(
@@ -303,7 +156,14 @@ def _has_plain_head(core: nn.Module) -> bool:
     return any(base.__name__.endswith(_HEADS) for base in type(core).__mro__)
 
 
-def _inputs_without_labels(core: Any, batch: Mapping[str, Any], *, is_causal_lm: bool) -> dict[str, Any]:
+def inputs_without_labels(core: Any, batch: Mapping[str, Any], *, is_causal_lm: bool) -> dict[str, Any]:
+    """What a model takes for its logits alone.
+
+    Args:
+        core: The model, without an adapter's wrapper.
+        batch: A collated batch.
+        is_causal_lm: Whether labels are shifted by one.
+    """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     accepted = inspect.signature(type(core).forward).parameters
     if "use_cache" in accepted:
@@ -339,17 +199,6 @@ def _losses_row_by_row(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tens
         losses.append(loss.reshape(()).float())
     stacked = torch.stack(losses)
     return stacked, torch.isfinite(stacked).long()
-
-
-def _padded_length(batch: Mapping[str, Any], model: Any) -> int:
-    """Tokens of one row of the batch as it is computed, encoder and decoder together; 0 without token ids."""
-    two_stacks = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    parts = [batch.get(name) for name in ("input_ids", *(["labels"] if two_stacks else []))]
-    return sum(int(part.shape[1]) for part in parts if isinstance(part, Tensor) and part.dim() == 2)
-
-
-def _to_device(value: Any, device: Any) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _hook_tables(owner: nn.Module | Tensor) -> dict[str, dict[int, Any] | None]:

@@ -9,7 +9,7 @@ are a hash of (seed, step, factor, row).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from hf_eff.contracts.selection import SelectionContext
 from hf_eff.engines.adapter import Adapter
 from hf_eff.engines.datastore import check_header, pool_fingerprint, write_header
 from hf_eff.engines.example_gradients import adapter_losses
-from hf_eff.engines.scoring import pool_batches
+from hf_eff.engines.pool_pass import pool_batches
 from hf_eff.engines.sidecar import load_state, save_state
 from hf_eff.errors import TrainingDivergedError
 from hf_eff.numerics.keyed_random import content_order, make_key, random_words
@@ -99,6 +99,7 @@ def warm_up(
     *,
     folder: Path | None = None,
     header: Mapping[str, Any] | None = None,
+    after_step: Callable[[int], None] = lambda _step: None,
 ) -> list[WarmupCheckpoint]:
     """Train the adapter on some rows of the pool.
 
@@ -109,6 +110,7 @@ def warm_up(
         settings: How.
         folder: Keeps finished epochs, which a later call with equal settings takes over.
         header: What else the result depends on, JSON-able; kept in ``folder`` and compared.
+        after_step: Called with the number of steps done after each; not for epochs taken over from ``folder``.
 
     Returns:
         One checkpoint an epoch.
@@ -130,7 +132,7 @@ def warm_up(
     for epoch in range(settings.epochs):
         place = folder / f"epoch-{epoch}" if folder is not None else None
         saved = load_state(place) if place is not None else None
-        last = WarmupCheckpoint(**saved) if saved else _epoch(context, adapter, rows, settings, last)
+        last = WarmupCheckpoint(**saved) if saved else _epoch(context, adapter, rows, settings, last, after_step)
         if place is not None and not saved:
             save_state(place, vars(last))
         checkpoints.append(last)
@@ -146,7 +148,12 @@ def scheduled_rate(step: int, total: int, settings: WarmupSettings) -> float:
 
 
 def _epoch(
-    context: SelectionContext, adapter: Adapter, rows: np.ndarray, settings: WarmupSettings, start: WarmupCheckpoint
+    context: SelectionContext,
+    adapter: Adapter,
+    rows: np.ndarray,
+    settings: WarmupSettings,
+    start: WarmupCheckpoint,
+    after_step: Callable[[int], None],
 ) -> WarmupCheckpoint:
     """One pass over ``rows`` from ``start``: a function of its arguments alone."""
     adapter.load(start.weights)
@@ -165,6 +172,7 @@ def _epoch(
         nn.utils.clip_grad_norm_([factor.weight for factor in adapter.factors.values()], settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        after_step(start.step + len(rates))
     states = {name: optimizer.state[factor.weight] for name, factor in adapter.factors.items()}
     return WarmupCheckpoint(
         weights=adapter.weights(),

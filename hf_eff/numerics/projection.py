@@ -78,6 +78,11 @@ class RademacherProjector:
         """Numbers kept an example: ``dims``, or all entries if there are no more than that."""
         return min(self.dims, sum(self.sizes))
 
+    @property
+    def flops(self) -> float:
+        """FLOPs of projecting one example."""
+        return 0.0 if self.is_identity else 2.0 * sum(self.sizes) * self.dims
+
     def fingerprint(self) -> str:
         """Digest of everything the matrix depends on."""
         parts = ["rademacher-splitmix64-1", list(self.sizes), self.dims, self.seed, ROW_BLOCK, COLUMN_BLOCK]

@@ -156,47 +156,60 @@ def select_dataset(
             method needs something that is not given.
     """
     driver = {name: options.pop(name) for name in _DRIVER_OPTIONS if name in options and not _owned(method, name)}
-    proxy = options.pop("proxy_model", None)
-    choice = choose_pool(method, options if proxy is None else {**options, "proxy_model": _name_of(proxy)})
-    for chosen in choice.stages:
-        _check_given(chosen.spec, model, target)
-    ledger, ranks = Ledger(Budget.parse(budget)), Ranks()
-    scoring = _scoring_fields(model, ledger)
+    choice, proxy = _choice(method, options, model, target)
+    ledger = Ledger(Budget.parse(budget))
     rows = spooled(pool, limit=choice.options.stream_rows)
-    row_format = RowFormat(max_length=driver.pop("max_length", 1024), is_causal_lm=scoring.get("is_causal_lm", True))
     columns, row_ids = driver.pop("columns", None), _row_ids(rows, driver.pop("id_column", None))
-    epochs = driver.pop("train_epochs", 3.0)
+    epochs, scoring = driver.pop("train_epochs", 3.0), _scoring_fields(model)
+    row_format = RowFormat(max_length=driver.pop("max_length", 1024), is_causal_lm=scoring.get("is_causal_lm", True))
     make = functools.partial(make_pool, processing_class=processing_class, row_format=row_format)
-    candidates = make(rows, columns=columns, source_column=choice.column("source_column") or "source")
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
     context = SelectionContext(
-        pool=candidates,
+        pool=make(rows, columns=columns, source_column=choice.column("source_column") or "source"),
         reference=None if target is None else make(target, group_column=choice.column("group_column")),
         collate=PadRows.of(processing_class),
         generator=torch.Generator().manual_seed(seed),
         seed=seed,
-        store_dir=None
-        if output_dir is None
-        else Path(output_dir) / ("store" if ranks.is_first else f"store-{ranks.rank}"),
-        processes=ranks,
-        tokenizer=tokenizer,
-        proxy=load_proxy(
-            choice.options.proxy_model if proxy is None else proxy, tokenizer, scoring.get("device", "cpu")
-        ),
-        **scoring,
+        spend=_spend(ledger),
+        store_dir=None if output_dir is None else Path(output_dir) / Ranks().folder("store"),
+        **_surroundings(processing_class, proxy, scoring),
         **driver,
     )
+    about: dict[str, Any] = {
+        "dataset_facts": describe_dataset(rows, context.pool, columns),
+        "scorer": describe_scorer(model, processing_class, row_format.max_length),
+        "row_ids": row_ids,
+    }
     with ledger.clock("select"):
-        selection = run_selection(
-            replace(choice, training_flops=_training_flops(context, choice, epochs)),
-            context,
-            dataset_facts=describe_dataset(rows, candidates, columns),
-            scorer=describe_scorer(model, processing_class, row_format.max_length),
-            row_ids=row_ids,
-        )
-    selection = ranks.broadcast(selection)
-    if output_dir is not None and ranks.is_first:
-        write_selection_report(selection, candidates, selection.save(output_dir), tokenizer)
+        priced = replace(choice, training_flops=_training_flops(context, choice, epochs))
+        selection = Ranks().broadcast(run_selection(priced, context, **about))
+    return _saved(selection, context, output_dir)
+
+
+def _choice(method: str, options: Mapping[str, Any], model: Any, target: Any) -> tuple[PoolChoice, Any]:
+    """The methods with their options, and the proxy, which is a model or the name of one."""
+    proxy = options.get("proxy_model")
+    choice = choose_pool(method, options if proxy is None else {**options, "proxy_model": _name_of(proxy)})
+    for chosen in choice.stages:
+        _check_given(chosen.spec, model, target)
+    return choice, proxy
+
+
+def _surroundings(processing_class: Any, proxy: Any, scoring: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of the context that say who scores, with whom, and how it shows."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    return {
+        **scoring,
+        "tokenizer": tokenizer,
+        "proxy": load_proxy(proxy, tokenizer, scoring.get("device", "cpu")),
+        "processes": Ranks(),
+        "progress": _progress,
+    }
+
+
+def _saved(selection: Selection, context: SelectionContext, output_dir: str | Path | None) -> Selection:
+    """The selection, once the first process has written it."""
+    if output_dir is not None and Ranks().is_first:
+        write_selection_report(selection, context.pool, selection.save(output_dir), context.tokenizer)
     return selection
 
 
@@ -328,13 +341,9 @@ def _check_needs(spec: MethodSpec, context: SelectionContext) -> None:
         raise DataError(f"none of the {len(context.reference)} target rows has a token that carries loss.")
 
 
-def _scoring_fields(model: Any, ledger: Ledger) -> dict[str, Any]:
-    """Fields of the context that say who scores and within which limits."""
-    limits = {"spend": _spend(ledger), "progress": _progress}
-    if model is None:
-        return limits
-    scorer = scorer_of(model)
-    return limits | {**vars(scorer), "is_causal_lm": model_facts(model).is_causal_lm}
+def _scoring_fields(model: Any) -> dict[str, Any]:
+    """Fields of the context that say who scores."""
+    return {} if model is None else {**vars(scorer_of(model)), "is_causal_lm": model_facts(model).is_causal_lm}
 
 
 def _row_ids(pool: Any, column: str | None) -> list[str] | None:

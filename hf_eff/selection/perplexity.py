@@ -67,6 +67,7 @@ class Perplexity:
 
     def select(self, context: SelectionContext) -> Picks:
         """Score every row with one forward and keep the band."""
+        context = context.by_proxy()
         pool, band = context.pool, self.config.band
         self.config.limit(pool)  # refuses an impossible size before anything is computed
         if self.config.tokens == "all" and not context.is_causal_lm:
@@ -114,6 +115,6 @@ SPEC = MethodSpec(
     build=Perplexity,
     cost=cost,
     paper=Paper(title="Compute-Constrained Data Selection", year=2025, arxiv="2410.16208"),
-    traits=Traits(needs_model=True),
+    traits=Traits(needs_model=True, uses_proxy=True),
     tiny={"fraction": 0.5},
 )

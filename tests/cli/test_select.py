@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from datasets import load_dataset
@@ -116,3 +117,18 @@ def test_a_dry_run_for_people(named, capsys):
     out = capsys.readouterr().out
     assert "rows        6 of 24" in out
     assert "verdict     selection " in out
+
+
+def test_trainings_done_before_give_the_speedup(named, tmp_path, capsys):
+    path = tmp_path / "runs.jsonl"
+    lines = [
+        {"selection": name, "flops": 1e15 * share, "value": 0.4 + 0.3 * (1 - math.exp(-rate * share))}
+        for name, rate in (("less", 9.0), ("random", 3.0))
+        for share in (0.1, 0.3, 0.6, 1.0)
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    facts = dry(named, capsys, *LESS, "--measured", str(path))
+    assert facts["expected_speedup"] == pytest.approx(3.0, rel=0.02)
+    path.write_text(json.dumps(lines[0]))
+    assert main(["select", *named, *LESS, "--dry-run", "--measured", str(path)]) == 2
+    assert "holds no usable trainings" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from hf_eff.engines import example_gradients as module
 from hf_eff.engines.adapter import LoraShape, temporary_adapter
 from hf_eff.engines.example_gradients import example_gradients
 from hf_eff.engines.scoring import scoring_mode
@@ -292,3 +293,35 @@ def test_logits_without_a_label_are_not_computed():
         list(example_gradients(model, adapter.factors, padded(rows, "left"), is_causal_lm=True))
     # The earliest label to the right of a padded prompt is at 2, to the right of padding at 6; one less predicts it.
     assert seen == [12 - 1, 12 - 5]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_plain_attention_equals_the_fused_kernel_in_half_precision(side, monkeypatch):
+    model = tiny_model()
+    batch, found = padded(rows_of(model), side), []
+    with scoring_mode(model), temporary_adapter(model, LoraShape()) as adapter:
+        spread(adapter)
+        for short in (0, 128):
+            monkeypatch.setattr(module, "_SHORT", short)
+            half = example_gradients(model, adapter.factors, batch, is_causal_lm=True, compute_dtype=torch.bfloat16)
+            found.append([gradient for _, gradient in half])
+        exact = [g for _, g in example_gradients(model, adapter.factors, batch, is_causal_lm=True)]
+    errors = [worst([torch.cat(each, dim=1)], [torch.cat(exact, dim=1)]) for each in found]
+    between = worst([torch.cat(found[0], dim=1)], [torch.cat(found[1], dim=1)])
+    # As close to each other as half precision is to the truth, and neither the closer one by much.
+    assert between < 1.5 * max(errors)
+    assert 0.5 < errors[0] / errors[1] < 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "plain"),
+    [(torch.bfloat16, 128, True), (torch.float16, 8, True), (torch.bfloat16, 129, False), (None, 8, False)],
+)
+def test_plain_attention_is_for_short_rows_in_half_precision(dtype, width, plain):
+    batch = {"input_ids": torch.zeros(2, width, dtype=torch.long)}
+    before = torch.backends.cuda.flash_sdp_enabled()
+    with module._attention(tiny_model(), batch, dtype):
+        assert torch.backends.cuda.flash_sdp_enabled() is (before and not plain)
+    assert torch.backends.cuda.flash_sdp_enabled() is before
+    with module._attention(tiny_model().to(torch.bfloat16), batch, None):
+        assert torch.backends.cuda.flash_sdp_enabled() is (before and width > 128)

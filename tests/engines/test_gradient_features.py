@@ -11,7 +11,8 @@ from hf_eff.contracts.selection import SelectionContext
 from hf_eff.engines.adapter import LoraShape, temporary_adapter
 from hf_eff.engines.example_gradients import example_gradients
 from hf_eff.engines.gradient_features import FeatureRecipe, backward_context, pool_features
-from hf_eff.engines.scoring import scoring_mode, token_batches
+from hf_eff.engines.pool_pass import token_batches
+from hf_eff.engines.scoring import scoring_mode
 from hf_eff.errors import BudgetExceededError, ManifestError
 from hf_eff.numerics.projection import RademacherProjector
 from hf_eff.testing.selection_scene import toy_pool

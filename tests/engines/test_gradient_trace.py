@@ -49,6 +49,34 @@ def test_checkpoints_weigh_their_learning_rate():
     assert weights == pytest.approx([11 / 21, 7 / 21, 3 / 21])
 
 
+@pytest.mark.parametrize(("rule", "weights"), [("last_rate", [5 / 9, 3 / 9, 1 / 9]), ("equal", [1 / 3] * 3)])
+def test_checkpoints_can_weigh_otherwise(rule, weights):
+    settings = replace(SETTINGS, checkpoint_weights=rule)
+    assert trace_gradients(scene(), toy_target(), settings).weights == pytest.approx(weights)
+    assert trace_gradients(scene(), toy_target(), replace(settings, warmup_fraction=0.0)).weights == [1.0]
+
+
+@pytest.mark.parametrize("projection", ["sparse", "two_sided"])
+def test_other_projections_give_about_the_same_cosines(projection):
+    settings = replace(SETTINGS, dims=512, warmup=WarmupSettings(epochs=1, batch_size=4, learning_rate=1e-2))
+    cosines = []
+    for each in (replace(settings, dims=10**9), replace(settings, projection=projection)):
+        trace = trace_gradients(scene(), toy_target(), each)
+        cosines.append(trace.pools[0].unit_rows(slice(None)) @ trace.targets[0].unit_rows(slice(None)).T)
+        assert trace.facts["projected"] == (projection if each.projection == projection else False)
+    error = cosines[1] - cosines[0]
+    assert error.pow(2).mean().sqrt() <= 3 / 512**0.5
+    assert error.abs().max() > 1e-4
+
+
+def test_features_are_stored_as_asked(tmp_path):
+    settings = replace(SETTINGS, store_dtype="int1", target_dtype="int4-absmax", dims=100)
+    trace = trace_gradients(scene(store_dir=tmp_path), toy_target(), settings)
+    assert (tmp_path / "checkpoint-0" / "pool" / "features.bin").stat().st_size == 24 * 13
+    assert (tmp_path / "checkpoint-0" / "target" / "features.bin").stat().st_size == 8 * 50
+    assert set(trace.pools[0].unit_rows(slice(None)).mul(10).round().unique().tolist()) == {-1.0, 1.0}
+
+
 @pytest.mark.parametrize("changes", [{"warmup_fraction": 0.0}, {"warmup": WarmupSettings(epochs=0)}])
 def test_without_a_warmup_the_adapter_is_the_one_checkpoint(changes):
     trace = trace_gradients(scene(), toy_target(), replace(SETTINGS, **changes))

@@ -22,15 +22,9 @@ from transformers import (
 )
 
 from hf_eff.contracts.selection import SelectionContext
-from hf_eff.engines.scoring import (
-    ScoringStoppedError,
-    model_example_losses,
-    pool_batches,
-    pool_losses,
-    scoring_mode,
-    token_batches,
-)
-from hf_eff.errors import BudgetExceededError, DataError
+from hf_eff.engines.pool_pass import pool_batches, token_batches
+from hf_eff.engines.scoring import model_example_losses, pool_losses, scoring_mode
+from hf_eff.errors import BudgetExceededError, DataError, ScoringStoppedError
 from hf_eff.selection import PadRows, make_pool
 from hf_eff.testing.tiny import tiny_model, tiny_pool, tiny_tokenizer, tokenised
 

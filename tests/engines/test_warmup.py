@@ -9,9 +9,9 @@ import torch
 
 from hf_eff.contracts.selection import SelectionContext
 from hf_eff.engines.adapter import LoraShape, temporary_adapter
-from hf_eff.engines.scoring import ScoringStoppedError, scoring_mode
+from hf_eff.engines.scoring import scoring_mode
 from hf_eff.engines.warmup import WarmupSettings, scheduled_rate, untrained, warm_up
-from hf_eff.errors import BudgetExceededError, DataError, ManifestError, TrainingDivergedError
+from hf_eff.errors import BudgetExceededError, DataError, ManifestError, ScoringStoppedError, TrainingDivergedError
 from hf_eff.numerics.keyed_random import content_order
 from hf_eff.testing.selection_scene import toy_pool
 from hf_eff.testing.tiny import collator, tiny_model

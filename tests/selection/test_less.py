@@ -98,8 +98,8 @@ def mean_cosine(row, members):
     [("paper", paper, cosine_to_mean), ("official", official, mean_cosine)],
 )
 def test_scores_equal_the_literal_formulas(variant, scaled, compared):
-    context = make_context(SPEC, reference=grouped_target())
-    expected = literal_scores(make_context(SPEC, reference=grouped_target()), scaled, compared)
+    context = make_context(SPEC, proxy=None, reference=grouped_target())
+    expected = literal_scores(make_context(SPEC, proxy=None, reference=grouped_target()), scaled, compared)
     picks = build(SPEC, {"variant": variant, **EXACT, **WARMUP, "fraction": 0.25}).select(context)
     assert np.abs(picks.scores - expected).max() < 1e-4
     assert picks.positions.tolist() == np.argsort(-expected)[:6].tolist()
@@ -123,7 +123,9 @@ def gpt2_with_adapter():
 def test_score_is_the_measured_gain_of_one_sgd_step():
     """The drop of the target's loss minus rate x score shrinks with the square of the rate."""
     model = gpt2_with_adapter()
-    context = make_context(SPEC, model=model, pool=toy_pool(6), reference=replace(toy_target(3), groups=None))
+    context = make_context(
+        SPEC, proxy=None, model=model, pool=toy_pool(6), reference=replace(toy_target(3), groups=None)
+    )
     options = {"adam_variant": "none", "similarity": "dot", "warmup_fraction": 0.0, "fraction": 1.0, **EXACT}
     scores = build(SPEC, options).select(context).scores
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -163,7 +165,9 @@ def test_planted_task_is_found_and_a_shuffled_store_does_not_find_it(variant, mo
     pool, target = toy_pool(400), replace(toy_target(10), groups=None)
 
     def precision():
-        picks = build(SPEC, {**PLANTED, "variant": variant}).select(make_context(SPEC, pool=pool, reference=target))
+        picks = build(SPEC, {**PLANTED, "variant": variant}).select(
+            make_context(SPEC, proxy=None, pool=pool, reference=target)
+        )
         assert len(picks.positions) == 20
         return np.mean([pool.sources[row] == "sum" for row in picks.positions])
 
@@ -180,11 +184,40 @@ def test_planted_task_is_found_and_a_shuffled_store_does_not_find_it(variant, mo
     assert precision() < 0.9
 
 
+@pytest.mark.parametrize("projection", ["rademacher", "sparse", "two_sided"])
+def test_every_projection_keeps_the_cosines_and_is_its_own_store(projection, tmp_path):
+    pool, options = toy_pool(60), {"lora_r": 8, "store_dtype": "float32"}
+    exact = pick(SPEC, make_context(SPEC, proxy=None, pool=pool), **options, dims=10**9).scores
+    picks = pick(
+        SPEC,
+        make_context(SPEC, proxy=None, pool=pool, folder=tmp_path / "s"),
+        **options,
+        dims=512,
+        projection=projection,
+    )
+    assert picks.notes["projected"] == projection
+    assert 0 < np.sqrt(np.mean((picks.scores - exact) ** 2)) <= 3 / math.sqrt(512)
+    other = "sparse" if projection == "rademacher" else "rademacher"
+    context = make_context(SPEC, proxy=None, pool=pool, folder=tmp_path / "s")
+    with pytest.raises(ManifestError, match="another selection: projector is"):
+        pick(SPEC, context, **options, dims=512, projection=other)
+
+
+@pytest.mark.parametrize("projection", ["rademacher", "sparse", "two_sided"])
+def test_cost_of_each_projection_is_what_is_charged(projection):
+    tally = Tally()
+    context = make_context(SPEC, proxy=None, pool=toy_pool(100), spend=tally)
+    pick(SPEC, context, projection=projection)
+    facts = Facts(model=model_facts(context.model), pool=pool_facts_of(context.pool, context.reference))
+    forecast = SPEC.cost(SPEC.config.from_dict({**SPEC.tiny, "projection": projection}), facts).flops
+    assert sum(tally.flops) / 1.2 < forecast < 1.35 * sum(tally.flops)
+
+
 def test_order_of_groups_does_not_matter():
     target = grouped_target()
-    first = pick(SPEC, make_context(SPEC, reference=target))
+    first = pick(SPEC, make_context(SPEC, proxy=None, reference=target))
     renamed = replace(target, groups=[{"odd": "a", "even": "z"}[group] for group in target.groups])
-    again = pick(SPEC, make_context(SPEC, reference=renamed))
+    again = pick(SPEC, make_context(SPEC, proxy=None, reference=renamed))
     assert np.allclose(first.scores, again.scores, atol=1e-6)
     assert first.notes["groups"] == ["even", "odd"]
     assert again.notes["groups"] == ["a", "z"]
@@ -192,7 +225,7 @@ def test_order_of_groups_does_not_matter():
 
 def test_groups_reduce_by_max_or_mean():
     options = {**EXACT, **WARMUP, "fraction": 0.25}
-    context = make_context(SPEC, reference=grouped_target())
+    context = make_context(SPEC, proxy=None, reference=grouped_target())
     highest = build(SPEC, options).select(context).scores
     mean = build(SPEC, {**options, "group_reduce": "mean"}).select(context).scores
     by_hand = []
@@ -212,7 +245,7 @@ def test_rows_without_loss_have_no_score_and_are_never_chosen():
     for row in empty:
         pool.rows[row] = {**pool.rows[row], "labels": [-100] * len(pool.rows[row]["labels"])}
         pool.loss_lengths[row] = 0
-    picks = pick(SPEC, make_context(SPEC, pool=pool), fraction=1.0)
+    picks = pick(SPEC, make_context(SPEC, proxy=None, pool=pool), fraction=1.0)
     assert np.flatnonzero(np.isnan(picks.scores)).tolist() == empty
     assert len(picks.positions) == 22
     assert not set(empty) & set(picks.positions.tolist())
@@ -220,7 +253,7 @@ def test_rows_without_loss_have_no_score_and_are_never_chosen():
 
 
 def test_reasons_and_notes_tell_what_ran():
-    context = make_context(SPEC, reference=grouped_target())
+    context = make_context(SPEC, proxy=None, reference=grouped_target())
     picks = pick(SPEC, context)
     best = picks.positions[0]
     assert picks.scores[best] == np.nanmax(picks.scores)
@@ -242,24 +275,24 @@ def test_options_override_the_variant():
 
 
 def test_checkpoints_count_by_their_learning_rate():
-    notes = pick(SPEC, make_context(SPEC)).notes
+    notes = pick(SPEC, make_context(SPEC, proxy=None)).notes
     # Four steps of a falling schedule: means of (4, 3) and of (2, 1) quarters.
     assert notes["checkpoint_weights"] == pytest.approx([0.7, 0.3])
-    assert pick(SPEC, make_context(SPEC), warmup_epochs=0).notes["checkpoint_weights"] == [1.0]
-    assert pick(SPEC, make_context(SPEC), learning_rate=0.0).notes["checkpoint_weights"] == [0.5, 0.5]
+    assert pick(SPEC, make_context(SPEC, proxy=None), warmup_epochs=0).notes["checkpoint_weights"] == [1.0]
+    assert pick(SPEC, make_context(SPEC, proxy=None), learning_rate=0.0).notes["checkpoint_weights"] == [0.5, 0.5]
 
 
 def test_the_runs_learning_rate_is_the_default_when_asked_for():
-    slow = pick(SPEC, make_context(SPEC, learning_rate=1e-4), learning_rate=None)
-    assert np.array_equal(slow.scores, pick(SPEC, make_context(SPEC), learning_rate=1e-4).scores)
-    assert not np.array_equal(slow.scores, pick(SPEC, make_context(SPEC)).scores)
+    slow = pick(SPEC, make_context(SPEC, proxy=None, learning_rate=1e-4), learning_rate=None)
+    assert np.array_equal(slow.scores, pick(SPEC, make_context(SPEC, proxy=None), learning_rate=1e-4).scores)
+    assert not np.array_equal(slow.scores, pick(SPEC, make_context(SPEC, proxy=None)).scores)
 
 
 def test_a_models_own_adapter_is_used_and_given_back():
     model = gpt2_with_adapter().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modules = [id(module) for module in model.modules()]
-    picks = pick(SPEC, make_context(SPEC, model=model), lora_r=64)
+    picks = pick(SPEC, make_context(SPEC, proxy=None, model=model), lora_r=64)
     assert picks.notes["adapter"] == "the model's own"
     assert picks.notes["adapter_params"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert model.training
@@ -268,8 +301,8 @@ def test_a_models_own_adapter_is_used_and_given_back():
 
 
 def test_bfloat16_ranks_like_float32():
-    exact = pick(SPEC, make_context(SPEC, pool=toy_pool(60))).scores
-    half = pick(SPEC, make_context(SPEC, pool=toy_pool(60)), dtype="bfloat16").scores
+    exact = pick(SPEC, make_context(SPEC, proxy=None, pool=toy_pool(60))).scores
+    half = pick(SPEC, make_context(SPEC, proxy=None, pool=toy_pool(60)), dtype="bfloat16").scores
     ranks = [np.argsort(np.argsort(scores)) for scores in (exact, half)]
     assert np.corrcoef(*ranks)[0, 1] > 0.99
     assert not np.array_equal(exact, half)
@@ -289,14 +322,14 @@ class Tally:
 
 def test_interrupted_anywhere_and_resumed_is_bit_identical(tmp_path):
     whole = Tally()
-    expected = pick(SPEC, make_context(SPEC, spend=whole))
+    expected = pick(SPEC, make_context(SPEC, proxy=None, spend=whole))
     total = len(whole.flops)
     assert total >= 8
     for limit in range(total):
         folder, first, rest = tmp_path / str(limit), Tally(limit), Tally()
         with pytest.raises(BudgetExceededError):
-            pick(SPEC, make_context(SPEC, spend=first, folder=folder))
-        found = pick(SPEC, make_context(SPEC, spend=rest, folder=folder))
+            pick(SPEC, make_context(SPEC, proxy=None, spend=first, folder=folder))
+        found = pick(SPEC, make_context(SPEC, proxy=None, spend=rest, folder=folder))
         assert np.array_equal(found.positions, expected.positions)
         assert np.array_equal(found.scores, expected.scores)
         # Four warm-up steps; a half-finished epoch of two is redone, a finished batch never.
@@ -314,24 +347,24 @@ def spend(flops, tokens):
     left[0] -= 1
     if left[0] < 0:
         os.kill(os.getpid(), signal.SIGKILL)
-pick(spec, make_context(spec, folder=Path(sys.argv[1]), spend=spend))
+pick(spec, make_context(spec, proxy=None, folder=Path(sys.argv[1]), spend=spend))
 """
 
 
 def test_killed_and_run_again_is_bit_identical(tmp_path):
-    expected = pick(SPEC, make_context(SPEC))
+    expected = pick(SPEC, make_context(SPEC, proxy=None))
     arguments = [sys.executable, "-c", KILLED, str(tmp_path / "s"), "7"]
     assert subprocess.run(arguments, check=False, timeout=300).returncode == -9
     rest, whole = Tally(), Tally()
-    pick(SPEC, make_context(SPEC, spend=whole))
-    found = pick(SPEC, make_context(SPEC, folder=tmp_path / "s", spend=rest))
+    pick(SPEC, make_context(SPEC, proxy=None, spend=whole))
+    found = pick(SPEC, make_context(SPEC, proxy=None, folder=tmp_path / "s", spend=rest))
     assert len(rest.flops) == len(whole.flops) - 7
     assert np.array_equal(found.scores, expected.scores)
     assert np.array_equal(found.positions, expected.positions)
 
 
 def test_a_store_of_other_options_or_rows_is_refused(tmp_path):
-    pick(SPEC, make_context(SPEC, folder=tmp_path / "s"))
+    pick(SPEC, make_context(SPEC, proxy=None, folder=tmp_path / "s"))
     for problem, options, changes in (
         ("projector", {"dims": 128}, {}),
         ("scaling", {"variant": "official"}, {}),
@@ -343,30 +376,32 @@ def test_a_store_of_other_options_or_rows_is_refused(tmp_path):
         ("num_rows", {}, {"reference": toy_target(5)}),
     ):
         with pytest.raises(ManifestError, match=f"another selection: {problem} is"):
-            pick(SPEC, make_context(SPEC, folder=tmp_path / "s", **changes), **options)
-    found = pick(SPEC, make_context(SPEC, folder=tmp_path / "s", spend=Tally(0)), fraction=0.5)
+            pick(SPEC, make_context(SPEC, proxy=None, folder=tmp_path / "s", **changes), **options)
+    found = pick(SPEC, make_context(SPEC, proxy=None, folder=tmp_path / "s", spend=Tally(0)), fraction=0.5)
     assert len(found.positions) == 12
 
 
 def test_choice_is_the_rows_whatever_their_order_to_a_bit():
     order = np.random.default_rng(2).permutation(24).tolist()
-    plain, shuffled = make_context(SPEC), make_context(SPEC, pool=toy_pool(order=order))
+    plain, shuffled = make_context(SPEC, proxy=None), make_context(SPEC, proxy=None, pool=toy_pool(order=order))
     first, second = pick(SPEC, plain), pick(SPEC, shuffled)
     assert chosen_hashes(first, plain.pool) == chosen_hashes(second, shuffled.pool)
     assert np.array_equal(first.scores[order], second.scores)
 
 
 def test_rows_without_hashes_are_hashed():
-    plain = make_context(SPEC)
-    bare = make_context(SPEC, pool=replace(toy_pool(), row_hash=None), reference=replace(toy_target(), row_hash=None))
+    plain = make_context(SPEC, proxy=None)
+    bare = make_context(
+        SPEC, proxy=None, pool=replace(toy_pool(), row_hash=None), reference=replace(toy_target(), row_hash=None)
+    )
     assert len(pick(SPEC, bare).positions) == len(pick(SPEC, plain).positions)
 
 
 def test_a_group_column_that_nobody_read_is_reported():
     ungrouped = replace(toy_target(), groups=None)
     with pytest.raises(DataError, match="eval_dataset as a dict"):
-        pick(SPEC, make_context(SPEC, reference=ungrouped), group_column="task")
-    assert pick(SPEC, make_context(SPEC, reference=grouped_target()), group_column="task").notes["groups"]
+        pick(SPEC, make_context(SPEC, proxy=None, reference=ungrouped), group_column="task")
+    assert pick(SPEC, make_context(SPEC, proxy=None, reference=grouped_target()), group_column="task").notes["groups"]
 
 
 def test_missing_target_and_impossible_sizes_cost_nothing():
@@ -378,7 +413,7 @@ def test_missing_target_and_impossible_sizes_cost_nothing():
     ):
         tally = Tally(0)
         with pytest.raises(DataError, match=message):
-            pick(SPEC, make_context(SPEC, spend=tally, **changes), **options)
+            pick(SPEC, make_context(SPEC, proxy=None, spend=tally, **changes), **options)
 
 
 def test_cost_is_what_is_charged():
@@ -395,7 +430,7 @@ def test_cost_is_what_is_charged():
 
 
 def test_disk_forecast_is_what_is_written(tmp_path):
-    context = make_context(SPEC, pool=toy_pool(100), folder=tmp_path / "s")
+    context = make_context(SPEC, proxy=None, pool=toy_pool(100), folder=tmp_path / "s")
     pick(SPEC, context)
     written = sum(
         path.stat().st_size for path in (tmp_path / "s").rglob("*") if path.suffix in (".bin", ".safetensors")

@@ -37,7 +37,7 @@ def literal(model, row, labels):
 @pytest.mark.parametrize("tokens", ["loss", "all"])
 def test_scores_are_the_definition_row_by_row(tokens):
     model, pool = sharp_model(), toy_pool(24)
-    picks = pick(SPEC, make_context(SPEC, pool=pool, model=model), tokens=tokens)
+    picks = pick(SPEC, make_context(SPEC, proxy=None, pool=pool, model=model), tokens=tokens)
     expected = [literal(model, row, row["labels"] if tokens == "loss" else row["input_ids"]) for row in pool.rows]
     np.testing.assert_allclose(picks.scores, expected, rtol=1e-4)
 
@@ -45,15 +45,15 @@ def test_scores_are_the_definition_row_by_row(tokens):
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary():
     model = tiny_model(layers=2, width=32).double()
     torch.nn.init.zeros_(model.lm_head.weight)
-    picks = pick(SPEC, make_context(SPEC, model=model))
+    picks = pick(SPEC, make_context(SPEC, proxy=None, model=model))
     np.testing.assert_allclose(picks.scores, 262.0, rtol=1e-14)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 64, 10_000])
 def test_the_batch_size_and_padding_do_not_matter(batch_tokens):
     model = sharp_model()
-    alone = pick(SPEC, make_context(SPEC, model=model, batch_tokens=1))
-    other = pick(SPEC, make_context(SPEC, model=model, batch_tokens=batch_tokens, extra_padding=7))
+    alone = pick(SPEC, make_context(SPEC, proxy=None, model=model, batch_tokens=1))
+    other = pick(SPEC, make_context(SPEC, proxy=None, model=model, batch_tokens=batch_tokens, extra_padding=7))
     np.testing.assert_allclose(other.scores, alone.scores, rtol=1e-4)
     assert other.positions.tolist() == alone.positions.tolist()
 
@@ -61,8 +61,8 @@ def test_the_batch_size_and_padding_do_not_matter(batch_tokens):
 def test_the_order_of_the_rows_does_not_matter_to_the_last_bit():
     plain, order = toy_pool(24), np.random.default_rng(3).permutation(24)
     turned = toy_pool(24, order)
-    first = pick(SPEC, make_context(SPEC, pool=plain, model=sharp_model()))
-    second = pick(SPEC, make_context(SPEC, pool=turned, model=sharp_model()))
+    first = pick(SPEC, make_context(SPEC, proxy=None, pool=plain, model=sharp_model()))
+    second = pick(SPEC, make_context(SPEC, proxy=None, pool=turned, model=sharp_model()))
     assert np.array_equal(first.scores[order], second.scores)
     assert chosen_hashes(first, plain) == chosen_hashes(second, turned)
 
@@ -70,7 +70,7 @@ def test_the_order_of_the_rows_does_not_matter_to_the_last_bit():
 def test_dropout_plays_no_part():
     plain, dropping = sharp_model(), sharp_model(attention_dropout=0.5)
     dropping.train()
-    scores = [pick(SPEC, make_context(SPEC, model=model)).scores for model in (plain, dropping)]
+    scores = [pick(SPEC, make_context(SPEC, proxy=None, model=model)).scores for model in (plain, dropping)]
     assert np.array_equal(*scores)
     assert dropping.training
 
@@ -80,15 +80,20 @@ def spearman(a, b):
 
 
 def test_half_precision_ranks_alike():
-    exact = pick(SPEC, make_context(SPEC, model=sharp_model())).scores
-    half = pick(SPEC, make_context(SPEC, model=sharp_model().to(torch.bfloat16))).scores
+    exact = pick(SPEC, make_context(SPEC, proxy=None, model=sharp_model())).scores
+    half = pick(SPEC, make_context(SPEC, proxy=None, model=sharp_model().to(torch.bfloat16))).scores
     assert spearman(exact, half) >= 0.99
 
 
 def bands(count, **size):
     pool = toy_pool(count)
     return {
-        band: pick(SPEC, make_context(SPEC, pool=pool, model=sharp_model()), **{"fraction": None, **size}, band=band)
+        band: pick(
+            SPEC,
+            make_context(SPEC, proxy=None, pool=pool, model=sharp_model()),
+            **{"fraction": None, **size},
+            band=band,
+        )
         for band in ("low", "mid", "high")
     }
 
@@ -129,7 +134,7 @@ def test_rows_without_a_finite_score_are_left_out():
     with torch.no_grad():
         model.model.embed_tokens.weight[token] = float("nan")
     broken = [i for i, row in enumerate(tokens) if token in row]
-    picks = pick(SPEC, make_context(SPEC, pool=pool, model=model), fraction=1.0)
+    picks = pick(SPEC, make_context(SPEC, proxy=None, pool=pool, model=model), fraction=1.0)
     assert np.flatnonzero(np.isnan(picks.scores)).tolist() == broken
     assert sorted(picks.positions.tolist()) == sorted(set(range(12)) - set(broken))
 
@@ -138,12 +143,12 @@ def test_a_broken_model_is_named():
     model = sharp_model()
     torch.nn.init.constant_(model.model.norm.weight, float("nan"))
     with pytest.raises(DataError, match="no finite loss for any row of the pool"):
-        pick(SPEC, make_context(SPEC, model=model))
+        pick(SPEC, make_context(SPEC, proxy=None, model=model))
 
 
 def test_prompts_are_read_by_decoders_only():
     with pytest.raises(DataError, match="with other models use tokens='loss'"):
-        pick(SPEC, make_context(SPEC, is_causal_lm=False), tokens="all")
+        pick(SPEC, make_context(SPEC, proxy=None, is_causal_lm=False), tokens="all")
 
 
 def test_an_impossible_size_costs_nothing():
@@ -151,14 +156,16 @@ def test_an_impossible_size_costs_nothing():
         raise BudgetExceededError("computed")
 
     with pytest.raises(DataError, match="num_examples=99 is more than the 24 valid rows"):
-        pick(SPEC, make_context(SPEC, spend=spend), fraction=None, num_examples=99)
+        pick(SPEC, make_context(SPEC, proxy=None, spend=spend), fraction=None, num_examples=99)
 
 
 def test_the_predicted_cost_is_what_is_spent():
     model = sharp_model()
     rows = [{"input_ids": [5 + i] * 20, "labels": [5 + i] * 20} for i in range(16)]
     pool, bills = pool_of(rows), []
-    context = make_context(SPEC, pool=pool, model=model, spend=lambda flops, tokens: bills.append((flops, tokens)))
+    context = make_context(
+        SPEC, proxy=None, pool=pool, model=model, spend=lambda flops, tokens: bills.append((flops, tokens))
+    )
     pick(SPEC, context)
     facts = Facts(model=model_facts(model), pool=pool_facts_of(pool, None))
     predicted = cost(PerplexityConfig(), facts)

@@ -144,8 +144,9 @@ def _has_token_limit(spec: MethodSpec) -> bool:
 def check_broken_model(spec: MethodSpec) -> None:
     """A model whose outputs are NaN draws an error of ours, or no score that is not NaN."""
     context = make_context(spec)
+    scorers = [context.model, *([context.proxy.model] if context.proxy else [])]
     with torch.no_grad():
-        for parameter in context.model.parameters():
+        for parameter in (each for model in scorers for each in model.parameters()):
             parameter.fill_(float("nan"))
     picks: Picks | None = _result_or_error(spec, "a model that gives NaN", lambda: pick(spec, context))
     if picks is not None and picks.scores is not None:

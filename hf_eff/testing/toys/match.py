@@ -28,8 +28,9 @@ from hf_eff.contracts.cost import Cost, Facts
 from hf_eff.contracts.memory import BatchShape
 from hf_eff.contracts.selection import Picks, Pool, SelectionContext
 from hf_eff.contracts.spec import MethodSpec, Traits, knob
+from hf_eff.engines.pool_pass import pool_batches
 from hf_eff.engines.pool_size import SizedConfig
-from hf_eff.engines.scoring import pool_batches, scoring_mode
+from hf_eff.engines.scoring import scoring_mode
 from hf_eff.errors import DataError
 from hf_eff.numerics.flops import forward_flops
 from hf_eff.numerics.ranking import rank
