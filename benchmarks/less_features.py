@@ -20,9 +20,9 @@ import torch
 
 from hf_eff.engines.adapter import LoraShape, temporary_adapter
 from hf_eff.engines.example_gradients import adapter_losses, example_gradients
+from hf_eff.engines.gradient_features import PROJECTIONS, make_projector
 from hf_eff.engines.scoring import scoring_mode
 from hf_eff.errors import MissingDependencyError
-from hf_eff.numerics.projection import RademacherProjector
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -75,7 +75,7 @@ def measure(model: Any, batch: dict[str, torch.Tensor], options: argparse.Namesp
             for factor in adapter.factors.values():
                 factor.weight.add_(0.01 * torch.randn(factor.weight.shape, generator=torch.Generator().manual_seed(1)))
         weights = [factor.weight for factor in adapter.factors.values()]
-        projector = RademacherProjector(tuple(weight.numel() for weight in weights), options.dims)
+        projector = make_projector(options.projection, adapter, options.dims, seed=0)
 
         def step(part: dict[str, torch.Tensor]) -> list[torch.Tensor]:
             losses, _ = adapter_losses(model, part, is_causal_lm=True, compute_dtype=dtype)
@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=48, help="tokens of the longest")
     parser.add_argument("--rank", type=int, default=8, help="rank of the adapter")
     parser.add_argument("--dims", type=int, default=1024, help="width of the projection")
+    parser.add_argument("--projection", choices=PROJECTIONS, default="sparse")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu adds up threads: for busy machines")
     parser.add_argument("--repeats", type=int, default=3, help="the fastest counts")

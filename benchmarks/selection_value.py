@@ -2,8 +2,8 @@
 
     python benchmarks/selection_value.py [--results FILE] [--seeds 3] [--only NAME ...] [--threads 2]
 
-SmolLM2-135M-Instruct and a pool of reasoning-gym rows: 12 families of 16. The target is one family, shown by 12 rows
-and tested on 24 others. Each selector keeps rows of at most 12 % of the pool's tokens; then the model is trained for
+SmolLM2-135M-Instruct and a pool of reasoning-gym rows: 12 families of 12. The target is one family, shown by 10 rows
+and tested on 20 others. Each selector keeps rows of at most 15 % of the pool's tokens; then the model is trained for
 the same number of tokens, three passes over such a choice, whatever was chosen; ``full`` trains for as many tokens on
 the whole pool. A seed draws pool, target, selection and order of training anew. One model is scorer, proxy and judge.
 
@@ -26,8 +26,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-FAMILY, PER_FAMILY, TARGET_ROWS, TEST_ROWS = "chain_sum", 16, 12, 24
-SHARE, PASSES = 0.12, 3
+FAMILY, PER_FAMILY, TARGET_ROWS, TEST_ROWS = "chain_sum", 12, 10, 20
+SHARE, PASSES = 0.15, 3
 WARMUP = {"warmup_fraction": 0.15, "warmup_epochs": 1, "warmup_batch_size": 8, "dtype": "bfloat16"}
 GRADIENTS = {**WARMUP, "warmup_epochs": 2, "dims": 1024}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -137,8 +137,8 @@ def _loss_after(model: Any, tokenizer: Any, rows: Any, test: Any, *, tokens: int
             output_dir=folder,
             budget=f"{tokens or 1}tok",
             num_train_epochs=100,
-            per_device_train_batch_size=4,
-            learning_rate=2e-5,
+            per_device_train_batch_size=8,
+            learning_rate=5e-5,
             lr_scheduler_type="constant",
             bf16=True,
             use_cpu=True,
