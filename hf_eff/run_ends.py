@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hf_eff.contracts.memory import BatchShape
 from hf_eff.engines.facts import model_facts
 from hf_eff.engines.gain_probe import GainProbe
+from hf_eff.engines.packed_weights import refuse_packed
 from hf_eff.files import write_text
 from hf_eff.governor import GovernorLog
 from hf_eff.memory import MemoryStack
@@ -34,12 +35,16 @@ def start_run(trainer: Any, plan: Plan, checkpoint: Path | None) -> BudgetedRun:
 
     Raises:
         CheckpointError: The checkpoint belongs to another run.
+        PlanError: Gradients do not pass through the model.
         ManifestError: The dataset changed since the checkpoint was written.
         BudgetExceededError: Selection would pass a limit.
     """
     if trainer.budgeted_run is not None:
         _forget(trainer, plan)
-    model = model_facts(trainer.accelerator.unwrap_model(trainer.model))
+    unwrapped = trainer.accelerator.unwrap_model(trainer.model)
+    if any(chosen.spec.traits.needs_backward for chosen in plan.resolved.memory):
+        refuse_packed(unwrapped)
+    model = model_facts(unwrapped)
     run = BudgetedRun(plan, trainer.memory_stack, model, RunDirectory(trainer.args.output_dir))
     if checkpoint is not None:
         run.restore(checkpoint)

@@ -23,6 +23,7 @@ from hf_eff.contracts.cost import Facts, ModelFacts
 from hf_eff.contracts.memory import OptimizerContext, StepContext
 from hf_eff.engines.checkpoints import is_complete, resolve_checkpoint
 from hf_eff.engines.facts import batch_shape, model_facts, model_facts_from_config, pool_facts
+from hf_eff.engines.packed_weights import never_packed
 from hf_eff.engines.schedule_progress import follow_budget
 from hf_eff.engines.spool import spooled
 from hf_eff.files import require_writable
@@ -142,7 +143,8 @@ class BudgetedTrainerMixin(_Parent):
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self._folder)
         self.budgeted_run = start_run(self, self.plan, checkpoint)
         try:
-            output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+            with never_packed(self.accelerator.unwrap_model(self.model)):  # evaluation between steps would cut 4-bit layers off from gradients
+                output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
         finally:
             self.budgeted_run.end()
         self.report = finish_run(self, self.budgeted_run)

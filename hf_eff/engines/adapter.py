@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_eff.engines.module_tree import output_head
+from hf_eff.engines.packed_weights import refuse_packed
 from hf_eff.errors import OptionError, PlanError
 from hf_eff.numerics.keyed_random import make_key
 
@@ -93,8 +94,9 @@ def temporary_adapter(model: nn.Module, shape: LoraShape, seed: int = 0) -> Iter
 
     Raises:
         OptionError: No module has one of the names in ``shape.target_modules``.
-        PlanError: The model carries adapters without a trainable LoRA factor.
+        PlanError: The model carries adapters without a trainable LoRA factor, or gradients do not pass through it.
     """
+    refuse_packed(model)
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

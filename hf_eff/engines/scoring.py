@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_eff.contracts.selection import Pool, SelectionContext
+from hf_eff.engines.packed_weights import never_packed
 from hf_eff.engines.pool_pass import scored_batches
 from hf_eff.errors import DataError
 from hf_eff.numerics.example_loss import IGNORE_INDEX, Reduction, example_losses
@@ -55,7 +56,7 @@ def scoring_mode(model: nn.Module) -> Iterator[None]:
     grads = [parameter.grad for parameter in parameters]
     owners: list[nn.Module | Tensor] = [*modules, *parameters]
     hooks = [_hook_tables(owner) for owner in owners]
-    with _random_states(parameters):
+    with _random_states(parameters), never_packed(model):
         try:
             model.eval()
             for parameter in parameters:

@@ -23,6 +23,7 @@ from hf_eff.contracts.selection import Pool, SelectionContext
 from hf_eff.engines.datastore import FeatureStore, model_fingerprint, pool_fingerprint
 from hf_eff.engines.facts import model_facts
 from hf_eff.engines.module_tree import find_blocks
+from hf_eff.engines.packed_weights import refuse_packed
 from hf_eff.engines.pool_pass import scored_batches, unfinished
 from hf_eff.engines.scoring import model_example_losses, scoring_mode
 from hf_eff.errors import DataError, PlanError
@@ -99,9 +100,10 @@ def value_gradient_norms(
         BudgetExceededError: The next batch would pass a limit; it was not computed.
         DataError: The projection sees other rows than the batch has.
         ManifestError: The folder holds lengths of other rows or of another model.
-        PlanError: The last layer has no value projection of a known name.
+        PlanError: The last layer has no value projection of a known name, or gradients do not pass through the model.
         ScoringStoppedError: A stop was requested.
     """
+    refuse_packed(context.model)
     module, facts = value_projection(context.model), model_facts(context.model)
     about = {"factor": vars(factor), "rows": pool_fingerprint(pool), "batch_tokens": context.batch_tokens}
     folder = _folder(context, name)
