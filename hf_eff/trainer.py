@@ -143,7 +143,9 @@ class BudgetedTrainerMixin(_Parent):
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self._folder)
         self.budgeted_run = start_run(self, self.plan, checkpoint)
         try:
-            with never_packed(self.accelerator.unwrap_model(self.model)):  # evaluation between steps would cut 4-bit layers off from gradients
+            with never_packed(
+                self.accelerator.unwrap_model(self.model)
+            ):  # evaluation between steps would cut 4-bit layers off from gradients
                 output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
         finally:
             self.budgeted_run.end()

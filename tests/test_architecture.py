@@ -33,6 +33,7 @@ LONE_MODULES = {
     "hf_eff.numerics.text_quality": "measures of a text alone; tested on written cases",
     "hf_eff.numerics.two_sided_projection": "projection of both sides of a gradient; tested against its matrices",
     "hf_eff.numerics.robust_slope": "Theil-Sen with its interval; tested against brute force",
+    "hf_eff.numerics.top_k": "the best of a stream; tested against sorting all of it",
     "hf_eff.numerics.trainable_blocks": "what a backward through some blocks costs; tested against counted FLOPs",
     "hf_eff.numerics.trajectory_clusters": "clusters of loss curves; tested on planted families",
 }

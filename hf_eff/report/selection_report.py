@@ -21,6 +21,7 @@ from hf_eff.files import replacing, write_json, write_text
 from hf_eff.manifest import Selection
 from hf_eff.numerics.agreement import jaccard, spearman
 from hf_eff.numerics.keyed_random import content_order
+from hf_eff.numerics.top_k import TopK
 from hf_eff.numerics.water_filling import water_fill
 from hf_eff.report.histogram import histogram_svg
 from hf_eff.report.markdown import table
@@ -140,8 +141,8 @@ def _extremes(selection: Selection, pool: Pool, tokenizer: Any) -> Mapping[str, 
     if selection.all_scores is None:
         return {}
     scores = np.asarray(selection.all_scores, dtype=np.float64)
-    ascending = np.argsort(scores, kind="stable")[: int(np.isfinite(scores).sum())]
-    best, worst = ascending[::-1][:_EXTREMES], ascending[:_EXTREMES]
+    finite = np.flatnonzero(np.isfinite(scores))
+    best, worst = _top(finite, scores[finite]), _top(finite, -scores[finite])
     try:
         quotes = [row_texts(pool.take(rows), tokenizer) for rows in (best, worst)]
     except DataError:
@@ -150,6 +151,12 @@ def _extremes(selection: Selection, pool: Pool, tokenizer: Any) -> Mapping[str, 
         title: [(f"{scores[row]:.4g}", _short(text.whole)) for row, text in zip(rows, texts, strict=True)]
         for title, rows, texts in zip(("Highest scores", "Lowest scores"), (best, worst), quotes, strict=True)
     }
+
+
+def _top(positions: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    top = TopK(_EXTREMES)
+    top.add(positions, scores)
+    return top.positions
 
 
 def _short(text: str) -> str:
