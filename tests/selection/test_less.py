@@ -419,7 +419,7 @@ def test_missing_target_and_impossible_sizes_cost_nothing():
 def test_cost_is_what_is_charged():
     tally, tokens = Tally(), []
     context = make_context(
-        SPEC, pool=toy_pool(100), spend=lambda flops, count: (tally(flops, count), tokens.append(count))
+        SPEC, proxy=None, pool=toy_pool(100), spend=lambda flops, count: (tally(flops, count), tokens.append(count))
     )
     pick(SPEC, context)
     facts = Facts(model=model_facts(context.model), pool=pool_facts_of(context.pool, context.reference))

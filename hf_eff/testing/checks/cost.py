@@ -107,7 +107,10 @@ def check_selection_flops(spec: MethodSpec) -> None:
     charged: list[float] = []
     context = make_context(spec, spend=lambda flops, _tokens: charged.append(flops))
     facts = Facts(
-        model=model_facts(context.model), pool=pool_facts_of(context.pool, context.reference), run=RunFacts(length=0)
+        model=model_facts(context.by_proxy().model),
+        pool=pool_facts_of(context.pool, context.reference),
+        run=RunFacts(length=0),
+        trained=model_facts(context.model),
     )
     with FlopCounterMode(display=False) as counter:
         pick(spec, context)
