@@ -5,7 +5,8 @@
 SmolLM2-135M-Instruct and a pool of reasoning-gym rows: 12 families of 12. The target is one family, shown by 10 rows
 and tested on 20 others. Each selector keeps rows of at most 15 % of the pool's tokens; then the model is trained for
 the same number of tokens, three passes over such a choice, whatever was chosen; ``full`` trains for as many tokens on
-the whole pool. A seed draws pool, target, selection and order of training anew. One model is scorer, proxy and judge.
+the whole pool. A seed draws pool, target, selection and order of training anew. The same model, in bfloat16, is scorer,
+proxy and judge; training keeps float32 weights.
 
 Every finished arm is a line of FILE (selection_value.jsonl); a further run goes on from there. Prints mean and standard
 error over the seeds, loss beside balanced random rows of the same seed, and the share of the choice that is of the
@@ -28,7 +29,7 @@ from typing import Any
 
 FAMILY, PER_FAMILY, TARGET_ROWS, TEST_ROWS = "chain_sum", 12, 10, 20
 SHARE, PASSES = 0.15, 3
-WARMUP = {"warmup_fraction": 0.15, "warmup_epochs": 1, "warmup_batch_size": 8, "dtype": "bfloat16"}
+WARMUP = {"warmup_fraction": 0.15, "warmup_epochs": 1, "warmup_batch_size": 8}
 GRADIENTS = {**WARMUP, "warmup_epochs": 2, "dims": 1024}
 OPTIONS: dict[str, dict[str, Any]] = {
     "random": {"mode": "balanced"},
@@ -87,6 +88,7 @@ def _arm(name: str, seed: int, threads: int) -> dict[str, Any]:
     held_out = reasoning_target(FAMILY, TARGET_ROWS + TEST_ROWS, seed)
     target, test = held_out.select(range(TARGET_ROWS)), held_out.select(range(TARGET_ROWS, len(held_out)))
     model, tokenizer = load_smollm2()
+    scorer, _ = load_smollm2(dtype=torch.bfloat16)
     tokens = int(SHARE * sum(_lengths(pool, tokenizer)))
     chosen, spent, seconds = pool, 0.0, 0.0
     if name not in WITHOUT:
@@ -100,7 +102,7 @@ def _arm(name: str, seed: int, threads: int) -> dict[str, Any]:
                 pool,
                 name,
                 target=target if needs.needs_reference_set else None,
-                model=model if needs.needs_model else None,
+                model=scorer if needs.needs_model else None,
                 processing_class=tokenizer,
                 seed=seed,
                 max_length=256,
@@ -108,6 +110,7 @@ def _arm(name: str, seed: int, threads: int) -> dict[str, Any]:
             )
         chosen, spent = selection.apply(pool), selection.manifest["cost"]["flops"] or 0.0
         seconds = time.perf_counter() - start
+    del scorer
     loss = _loss_after(model, tokenizer, chosen, test, tokens=0 if name == "untrained" else PASSES * tokens, seed=seed)
     row = {
         "arm": name,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,33 +19,11 @@ from hf_eff.engines.example_gradients import example_gradients
 from hf_eff.engines.pool_pass import scored_batches, unfinished
 from hf_eff.numerics.adam_direction import Direction
 from hf_eff.numerics.example_loss import Reduction
-from hf_eff.numerics.projection import RademacherProjector
+from hf_eff.numerics.projection import Projector, RademacherProjector
 from hf_eff.numerics.sparse_projection import SparseProjector
 from hf_eff.numerics.two_sided_projection import TwoSidedProjector
 
 PROJECTIONS = ("rademacher", "sparse", "two_sided")
-
-
-class Projector(Protocol):
-    """Makes a short vector of an example's gradient, which comes as a stream of tensors."""
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether the gradient is kept as it is."""
-
-    @property
-    def width(self) -> int:
-        """Numbers kept an example."""
-
-    @property
-    def flops(self) -> float:
-        """FLOPs of projecting one example."""
-
-    def fingerprint(self) -> str:
-        """Digest of everything the projection depends on."""
-
-    def project(self, pieces: Iterable[tuple[int, Tensor]], rows: int) -> Tensor:
-        """[B, width] of pairs of a tensor's number and its gradients [B, p]."""
 
 
 def make_projector(kind: str, adapter: Adapter, dims: int, seed: int) -> Projector:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -37,12 +38,62 @@ _ONE_BITS = 0x3F800000
 """Bit pattern of 1.0 in float32."""
 
 
-@dataclass(frozen=True)
-class RademacherProjector:
-    """Projects gradients given as a stream of tensors; keeps ``dims`` numbers an example.
+class Projector(ABC):
+    """Makes a short vector of an example's gradient, which comes as a stream of tensors.
 
     With ``dims`` at or above the number of entries nothing is projected: the gradient itself, in
     the order of the tensors, is shorter and exact.
+
+    Attributes:
+        dims: Width D of the projection, at least 1.
+    """
+
+    dims: int
+
+    @property
+    @abstractmethod
+    def num_entries(self) -> int:
+        """Entries of all tensors together."""
+
+    @property
+    @abstractmethod
+    def flops(self) -> float:
+        """FLOPs of projecting one example."""
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the gradient is kept as it is."""
+        return self.dims >= self.num_entries
+
+    @property
+    def width(self) -> int:
+        """Numbers kept an example: ``dims``, or all entries if there are no more than that."""
+        return min(self.dims, self.num_entries)
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Digest of everything the projection depends on."""
+
+    @abstractmethod
+    def project(self, pieces: Iterable[tuple[int, Tensor]], rows: int) -> Tensor:
+        """Project the gradients of a batch.
+
+        Args:
+            pieces: Pairs of a tensor's number and its gradients [B, p]; each number at most once,
+                a number left out counts as zero. A piece may be freed once the next is asked for.
+            rows: Number of examples B.
+
+        Returns:
+            [B, width], float32, or float64 when the pieces are.
+
+        Raises:
+            OptionError: A piece does not have the size it was announced with.
+        """
+
+
+@dataclass(frozen=True)
+class RademacherProjector(Projector):
+    """Multiplies by a dense matrix of signs that is never kept.
 
     Attributes:
         sizes: Entries p of each tensor, in the fixed order in which tensors are numbered.
@@ -69,14 +120,9 @@ class RademacherProjector:
         object.__setattr__(self, "_offsets", tuple(offsets))
 
     @property
-    def is_identity(self) -> bool:
-        """Whether the gradient is kept as it is."""
-        return self.dims >= sum(self.sizes)
-
-    @property
-    def width(self) -> int:
-        """Numbers kept an example: ``dims``, or all entries if there are no more than that."""
-        return min(self.dims, sum(self.sizes))
+    def num_entries(self) -> int:
+        """Entries of all tensors together."""
+        return sum(self.sizes)
 
     @property
     def flops(self) -> float:
@@ -89,19 +135,7 @@ class RademacherProjector:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def project(self, pieces: Iterable[tuple[int, Tensor]], rows: int) -> Tensor:
-        """Project the gradients of a batch.
-
-        Args:
-            pieces: Pairs of a tensor's number and its gradients [B, p]; each number at most once,
-                a number left out counts as zero. A piece may be freed once the next is asked for.
-            rows: Number of examples B.
-
-        Returns:
-            [B, width], float32, or float64 when the pieces are.
-
-        Raises:
-            OptionError: A piece does not have the size it was announced with.
-        """
+        """See ``Projector``."""
         total: Tensor | None = None
         for index, values in pieces:
             if values.shape != (rows, self.sizes[index]):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hf_eff.errors import OptionError
 from hf_eff.numerics.keyed_random import make_key, random_words
-from hf_eff.numerics.projection import RademacherProjector
+from hf_eff.numerics.projection import Projector, RademacherProjector
 
 # B examples, p entries of one tensor, D projected dims, s entries a row
 
@@ -34,10 +34,8 @@ _LOW_BITS = 0x7FFFFFFF
 
 
 @dataclass(frozen=True)
-class SparseProjector:
+class SparseProjector(Projector):
     """Projects gradients given as a stream of tensors; keeps ``dims`` numbers an example.
-
-    With ``dims`` at or above the number of entries nothing is projected, as in ``RademacherProjector``.
 
     Attributes:
         sizes: Entries p of each tensor, in the fixed order in which tensors are numbered.
@@ -63,14 +61,9 @@ class SparseProjector:
             )
 
     @property
-    def is_identity(self) -> bool:
-        """Whether the gradient is kept as it is."""
-        return self.dims >= sum(self.sizes)
-
-    @property
-    def width(self) -> int:
-        """Numbers kept an example: ``dims``, or all entries if there are no more than that."""
-        return min(self.dims, sum(self.sizes))
+    def num_entries(self) -> int:
+        """Entries of all tensors together."""
+        return sum(self.sizes)
 
     @property
     def flops(self) -> float:
@@ -83,19 +76,7 @@ class SparseProjector:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def project(self, pieces: Iterable[tuple[int, Tensor]], rows: int) -> Tensor:
-        """Project the gradients of a batch; arguments, result and errors as for ``RademacherProjector``.
-
-        Args:
-            pieces: Pairs of a tensor's number and its gradients [B, p]; each number at most once,
-                a number left out counts as zero.
-            rows: Number of examples B.
-
-        Returns:
-            [B, width], float32, or float64 when the pieces are.
-
-        Raises:
-            OptionError: A piece does not have the size it was announced with.
-        """
+        """See ``Projector``."""
         if self.is_identity:
             return RademacherProjector(self.sizes, self.dims).project(pieces, rows)
         total: Tensor | None = None

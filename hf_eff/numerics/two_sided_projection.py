@@ -24,16 +24,14 @@ from torch import Tensor
 
 from hf_eff.errors import OptionError
 from hf_eff.numerics.keyed_random import make_key, random_words
-from hf_eff.numerics.projection import RademacherProjector
+from hf_eff.numerics.projection import Projector, RademacherProjector
 
 # B examples, T tokens, o outputs and i inputs of a weight, k_o and k_i what is left of them, D projected dims
 
 
 @dataclass(frozen=True)
-class TwoSidedProjector:
+class TwoSidedProjector(Projector):
     """Projects gradients of matrices given as a stream; keeps ``dims`` numbers an example.
-
-    With ``dims`` at or above the number of entries nothing is projected, as in ``RademacherProjector``.
 
     Attributes:
         shapes: [o, i] of each weight, in the fixed order in which weights are numbered.
@@ -54,14 +52,9 @@ class TwoSidedProjector:
             raise OptionError(f"a projection needs dims >= 1 and matrices of >= 1 entries, got dims={self.dims!r}.")
 
     @property
-    def is_identity(self) -> bool:
-        """Whether the gradient is kept as it is."""
-        return self.dims >= sum(self._sizes)
-
-    @property
-    def width(self) -> int:
-        """Numbers kept an example: ``dims``, or all entries if there are no more than that."""
-        return min(self.dims, sum(self._sizes))
+    def num_entries(self) -> int:
+        """Entries of all weights together."""
+        return sum(self._sizes)
 
     @property
     def flops(self) -> float:
@@ -81,19 +74,7 @@ class TwoSidedProjector:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def project(self, pieces: Iterable[tuple[int, Tensor]], rows: int) -> Tensor:
-        """Project the gradients of a batch; arguments, result and errors as for ``RademacherProjector``.
-
-        Args:
-            pieces: Pairs of a weight's number and its gradients [B, o * i]; each number at most once,
-                a number left out counts as zero.
-            rows: Number of examples B.
-
-        Returns:
-            [B, width], float32, or float64 when the pieces are.
-
-        Raises:
-            OptionError: A piece does not have the size it was announced with.
-        """
+        """See ``Projector``."""
         if self.is_identity:
             return RademacherProjector(self._sizes, self.dims).project(pieces, rows)
 
