@@ -9,9 +9,9 @@ linear in the pool, near 2 quadratic. The largest sizes are
     bids                200,000 rows x 200 targets, 5 % chosen
     facility_location   200,000 vectors of 384 numbers, 64 neighbours, 5 % chosen (neighbour search included)
     qless               1,000,000 rows of 1,024 signs against 10 targets, packed on disk; bytes beside the formula
-    projection          gradients of 32 examples, 1,000,000 entries, to 1,024 and 4,096 numbers: sparse beside dense signs
+    projection          32 gradients of 1,000,000 entries, to 1,024 and 4,096 numbers: sparse beside dense signs
 
-``--small`` divides all of them by ten. About ten minutes on two idle cores, at most 4 GiB.
+``--small`` divides all of them by ten. About four minutes on two idle cores, at most 2 GiB.
 """
 
 from __future__ import annotations

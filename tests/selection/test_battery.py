@@ -1,4 +1,4 @@
-"""What holds for every selector that scores: half precision ranks alike, dropout plays no part, books are exact."""
+"""What holds for every selector that scores with a model: half precision ranks alike, dropout plays no part."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from hf_eff.engines.influence import Influence
 from hf_eff.numerics.agreement import spearman
 from hf_eff.registry import get_method, list_methods
 from hf_eff.testing.selection_scene import make_context, pick, toy_pool
@@ -49,62 +48,3 @@ def test_the_dropout_rate_plays_no_part(spec):
     assert plain.positions.tolist() == dropping.positions.tolist()
     if plain.scores is not None:
         np.testing.assert_array_equal(plain.scores, dropping.scores)
-
-
-# influence against leaving rows out
-
-
-class Vectors:
-    """Features kept whole, as a store gives them."""
-
-    def __init__(self, rows):
-        self.norms = np.linalg.norm(rows, axis=1)
-        self.done = np.ones(len(rows), dtype=bool)
-        self._unit = torch.from_numpy((rows / self.norms[:, None]).astype(np.float32))
-
-    def unit_rows(self, rows):
-        return self._unit[rows]
-
-    def products(self, rows, queries):
-        return self._unit[rows] @ queries.T
-
-
-def _gradients(weights, x, y):
-    return ((1 / (1 + np.exp(-x @ weights)) - y)[:, None]) * x
-
-
-def _loss(weights, x, y):
-    margin = (2 * y - 1) * (x @ weights)
-    return float(np.logaddexp(0, -margin).mean())
-
-
-def _train(x, y, keep, rate=0.05, steps=40):
-    """Weights before each step of gradient descent on the summed loss of the rows kept, and at the end."""
-    path = [np.zeros(x.shape[1])]
-    for _ in range(steps):
-        path.append(path[-1] - rate * _gradients(path[-1], x, y)[keep].sum(0))
-    return path
-
-
-def test_influence_predicts_what_leaving_a_row_out_does():
-    generator = np.random.default_rng(0)
-    truth = generator.normal(size=6)
-    x, goal = generator.normal(size=(64, 6)), generator.normal(size=(32, 6))
-    y, answer = ((part @ truth + generator.logistic(size=len(part)) > 0).astype(float) for part in (x, goal))
-    everything = np.ones(64, dtype=bool)
-    path = _train(x, y, everything)
-    without = []
-    for row in range(64):
-        keep = everything.copy()
-        keep[row] = False
-        without.append(_loss(_train(x, y, keep)[-1], goal, answer) - _loss(path[-1], goal, answer))
-    influence = Influence(similarity="dot", group_reduce="mean")
-    pools = [Vectors(_gradients(weights, x, y)) for weights in path[:-1]]
-    queries = [
-        torch.stack([influence.queries(Vectors(_gradients(weights, goal, answer)), ["all"] * 32)["all"]])
-        for weights in path[:-1]
-    ]
-    scores, _ = influence.scores(pools, queries, [0.05] * len(pools))
-    assert spearman(scores, np.array(without)) >= 0.8
-    shuffled = [spearman(generator.permutation(scores), np.array(without)) for _ in range(200)]
-    assert abs(np.mean(shuffled)) < 0.05
