@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_eff.contracts.selection import SelectionContext
+from hf_eff.engines.module_tree import contiguous_head
 from hf_eff.engines.pool_pass import token_batches
 from hf_eff.engines.pooling import PadRows
 from hf_eff.engines.row_text import RowText
@@ -149,7 +150,8 @@ def _next_logits(context: SelectionContext, rows: Mapping[str, Tensor]) -> Tenso
     if "logits_to_keep" in accepted:  # [B, T, V] of a large vocabulary is the largest tensor of all
         kept, places = torch.unique(last, return_inverse=True)
         inputs["logits_to_keep"] = kept
-    outputs = context.model(**inputs)
+    with contiguous_head(context.model):
+        outputs = context.model(**inputs)
     logits: Tensor = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
     return logits[torch.arange(len(last), device=logits.device), places.to(logits.device)].float()
 

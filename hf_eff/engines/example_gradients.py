@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hf_eff.engines.module_tree import contiguous_head
 from hf_eff.engines.scoring import model_example_losses
 from hf_eff.errors import DataError, PlanError
 from hf_eff.numerics.example_loss import IGNORE_INDEX, Reduction
@@ -130,7 +131,7 @@ def adapter_losses(
     _require_separate_rows(model, batch)
     if is_causal_lm:
         batch = _scored_tail(model, batch)
-    with _autocast(batch, compute_dtype), _attention(model, batch, compute_dtype):
+    with _autocast(batch, compute_dtype), _attention(model, batch, compute_dtype), contiguous_head(model):
         losses, counts = model_example_losses(model, batch, is_causal_lm=is_causal_lm, reduction=reduction)
     if not losses.requires_grad:
         raise DataError(

@@ -6,6 +6,9 @@ parameter-holding entries of one class; it is found under PEFT, DDP and task-hea
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 
@@ -131,3 +134,21 @@ def _ask(model: nn.Module, question: str) -> nn.Module | None:
         if isinstance(answer, nn.Module):
             return answer
     return None
+
+
+@contextmanager
+def contiguous_head(model: nn.Module) -> Iterator[None]:
+    """Inside, the output head sees contiguous hidden states.
+
+    Of a slice of the positions, torch multiplies one row of the batch after the other, with a copy of the head's weight
+    for each: several times slower than the whole forward, and gigabytes for a large vocabulary.
+    """
+    head = output_head(model)
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()

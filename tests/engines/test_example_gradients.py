@@ -325,3 +325,18 @@ def test_plain_attention_is_for_short_rows_in_half_precision(dtype, width, plain
     assert torch.backends.cuda.flash_sdp_enabled() is before
     with module._attention(tiny_model().to(torch.bfloat16), batch, None):
         assert torch.backends.cuda.flash_sdp_enabled() is (before and width > 128)
+
+
+def test_the_head_multiplies_contiguous_states(monkeypatch):
+    """A slice of the positions would be multiplied row by row, with a copy of the head's weight for each."""
+    model, seen = tiny_model(2, 32), []
+    forward = model.lm_head.forward
+    monkeypatch.setattr(model.lm_head, "forward", lambda states: seen.append(states) or forward(states))
+    ids = torch.randint(3, 200, (4, 12), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids.masked_fill(torch.arange(12) < 6, -100)}
+    with temporary_adapter(model, LoraShape(rank=2)) as adapter:
+        list(example_gradients(model, adapter.factors, batch, is_causal_lm=True))
+        model(input_ids=ids, logits_to_keep=7)
+    assert [states.shape[1] for states in seen] == [7, 7]
+    assert [states.is_contiguous() for states in seen] == [True, False]
+    assert not model.lm_head._forward_pre_hooks
