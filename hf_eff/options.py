@@ -167,12 +167,27 @@ def choose_selection(
     Raises:
         UnknownMethodError: A name is not registered.
         OptionError: An option belongs to no method, or a stage is malformed.
-        PlanError: Two methods of ``names`` fill the same slot, or a stage does not narrow a pool.
+        PlanError: Two methods of ``names`` fill the same slot, a stage does not narrow a pool, or a proxy has no use.
     """
     given = _as_mapping("selection", kwargs)
     shared = {item.name: given.pop(item.name) for item in fields(PoolOptions) if item.name in given}
     pool = PoolOptions.from_dict(shared)
-    return choose("selection", names, given), tuple(_stage(entry) for entry in pool.pipeline), pool
+    chosen, stages = choose("selection", names, given), tuple(_stage(entry) for entry in pool.pipeline)
+    _refuse_idle_proxy(pool, chosen, stages)
+    return chosen, stages, pool
+
+
+def _refuse_idle_proxy(pool: PoolOptions, chosen: tuple[Chosen, ...], stages: tuple[Chosen, ...]) -> None:
+    """Refuse a proxy that nothing scores with, and a check of a proxy that there is not."""
+    names = [each.spec.name for each in (*stages, *chosen)]
+    if pool.proxy_model is not None and not any(each.spec.traits.uses_proxy for each in (*stages, *chosen)):
+        raise PlanError(f"proxy_model={pool.proxy_model!r} would score nothing: none of {names} scores with a proxy.")
+    last = next((each for each in chosen if each.spec.slot == "pool"), None)
+    if pool.verify is not None and (pool.proxy_model is None or last is None or not last.spec.traits.uses_proxy):
+        raise PlanError(
+            f"verify={pool.verify} compares a proxy with the model: give proxy_model= and a method that scores with "
+            f"one; here are proxy_model={pool.proxy_model!r} and {names}."
+        )
 
 
 def _stage(entry: Any) -> Chosen:

@@ -25,9 +25,11 @@ def spooled(rows: Any, *, limit: int | None = None) -> Any:
         limit: Rows to read of a stream; None reads to its end, which an endless one does not have.
 
     Raises:
-        DataError: ``limit`` is below 1, or the stream ends before its first row.
+        DataError: ``limit`` is below 1 or given for rows of known length, or the stream ends before its first row.
     """
     if not isinstance(rows, IterableDataset):
+        if limit is not None:
+            raise DataError(f"stream_rows={limit} is for a stream, and the pool has a length; take rows with select().")
         return rows
     if limit is not None and limit < 1:
         raise DataError(f"stream_rows must be at least 1, got {limit}.")

@@ -30,6 +30,11 @@ def test_what_has_a_length_is_not_copied():
     assert spooled(rows) is rows
 
 
+def test_a_limit_for_rows_of_known_length_is_refused():
+    with pytest.raises(DataError, match=r"stream_rows=2 is for a stream, and the pool has a length"):
+        spooled(tiny_pool(4), limit=2)
+
+
 def test_an_endless_stream_needs_a_limit():
     endless = IterableDataset.from_generator(lambda: ({"text": str(i)} for i in itertools.count()))
     assert spooled(endless, limit=5)["text"][:] == ["0", "1", "2", "3", "4"]

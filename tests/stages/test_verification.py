@@ -68,7 +68,7 @@ def scene(truth, proxy, sources=None, seed=0):
 
 
 def select(context, **options):
-    return choose_pool("read", {"fraction": 0.1, "verify": 0.02, **options}).select(context)
+    return choose_pool("read", {"fraction": 0.1, "verify": 0.02, "proxy_model": "given", **options}).select(context)
 
 
 def test_a_proxy_that_is_the_model_chooses_as_the_model():
@@ -127,7 +127,24 @@ def test_an_interval_comes_with_the_correlation():
     assert facts["verdict"] == "accept"
 
 
-def test_verifying_needs_a_proxy():
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("read", {"verify": 0.1}, "give proxy_model= and a method that scores with one; here are proxy_model=None"),
+        (
+            "random",
+            {"verify": 0.1, "proxy_model": "p"},
+            "would score nothing: none of \\['random'\\] scores with a proxy",
+        ),
+        ("random", {"verify": 0.1, "proxy_model": "p", "pipeline": ["read"]}, "compares a proxy with the model"),
+    ],
+)
+def test_a_proxy_without_use_is_refused_before_anything_runs(name, options, message):
+    with pytest.raises(PlanError, match=message):
+        choose_pool(name, options)
+
+
+def test_verifying_needs_a_proxy_at_hand():
     truth = np.arange(40.0)
     context, _ = scene(truth, truth)
     context.proxy = None
