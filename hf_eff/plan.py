@@ -14,7 +14,8 @@ from hf_eff.contracts.spec import MethodSpec, Traits
 from hf_eff.errors import PlanError
 from hf_eff.numerics.payback import PayBack
 from hf_eff.options import Chosen, EffOptions, ResolvedOptions, choose, resolve_options
-from hf_eff.units import format_amount, format_bytes, format_seconds
+from hf_eff.plan_table import payback_facts, plan_lines
+from hf_eff.units import format_amount, format_bytes
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ class Plan:
                 "steps": self.steps,
                 "stop_step": self.stop_step,
                 "selection_share": self.selection_share,
-                "payback": None if self.payback is None else _payback_facts(self.payback),
+                "payback": None if self.payback is None else payback_facts(self.payback),
             },
             "facts": dataclasses.asdict(self.facts),
             "warnings": list(self.warnings),
@@ -193,7 +194,7 @@ class Plan:
 
     def __str__(self) -> str:
         """The plan as a table of text."""
-        return "\n".join(_table(self))
+        return "\n".join(plan_lines(self))
 
 
 def make_plan(options: EffOptions, facts: Facts) -> Plan:
@@ -405,45 +406,6 @@ def _warnings(plan: Plan) -> list[str]:
     if probabilistic:
         found.append(f"the {', '.join(probabilistic)} limit is kept up to one step: the next step's time is not known.")
     return found
-
-
-def _table(plan: Plan) -> list[str]:
-    resolved = plan.resolved
-    lines = [
-        f"{'selection':<12}{' then '.join(chosen.spec.name for chosen in resolved.pool_stages)}",
-        f"{'memory':<12}{resolved.options.memory}",
-        f"{'governor':<12}{resolved.governor.spec.name} ({resolved.options.governor_mode})",
-        f"{'budget':<12}{resolved.budget or 'none'}",
-        f"{'rows':<12}{_count(plan.selected_rows)} of {_count(plan.facts.pool.num_rows)}",
-        f"{'steps':<12}{_count(plan.steps)} planned, ends at {_count(plan.stop_step)}",
-        "",
-        f"{'memory term':<16}{'predicted':>14}",
-        *(f"{term:<16}{format_bytes(amount):>14}" for term, amount in plan.bytes.items()),
-        f"{'peak':<16}{format_bytes(plan.peak_bytes):>14}",
-        "",
-        f"{'purpose':<16}{'predicted':>14}",
-        *(f"{purpose:<16}{format_amount('flops', amount):>14}" for purpose, amount in plan.flops.items()),
-        f"{'one step':<16}{format_amount('flops', plan.step_flops):>14}",
-        f"{'time':<16}{'not measured' if plan.seconds is None else format_seconds(plan.seconds):>14}",
-        *([] if plan.payback is None else ["", f"pay-back: {plan.payback}"]),
-    ]
-    return lines + [f"note: {warning}" for warning in plan.warnings]
-
-
-def _payback_facts(payback: PayBack) -> dict[str, Any]:
-    """JSON-able: infinite uses are None."""
-    uses = payback.break_even_uses
-    return {
-        "speedup": payback.speedup,
-        "needed_speedup": payback.needed_speedup,
-        "break_even_uses": None if math.isinf(uses) else uses,
-        "pays": payback.pays(),
-        "verdict": str(payback),
-    }
-
-
-def _count(number: int | None) -> str:
-    return "unknown" if number is None else f"{number:,}"
 
 
 def traits_of(resolved: ResolvedOptions, flag: str) -> bool:
