@@ -90,7 +90,15 @@ def parse_select(argv: Sequence[str]) -> argparse.Namespace:
     options, rest = parser.parse_known_args(words)
     parser.refuse_unknown(rest)
     options.selection_kwargs = _mapping(options.selection_kwargs)
+    _refuse_idle(options)
     return options
+
+
+def _refuse_idle(options: argparse.Namespace) -> None:
+    """Refuse flags that only a dry run reads."""
+    idle = [f"--{name}" for name in ("train_model", "measured") if getattr(options, name) is not None]
+    if idle and not options.dry_run:
+        raise OptionError(f"{' and '.join(idle)} say what a dry run compares with; add --dry-run or leave them out.")
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -132,3 +132,9 @@ def test_trainings_done_before_give_the_speedup(named, tmp_path, capsys):
     path.write_text(json.dumps(lines[0]))
     assert main(["select", *named, *LESS, "--dry-run", "--measured", str(path)]) == 2
     assert "holds no usable trainings" in capsys.readouterr().err
+
+
+def test_flags_of_a_dry_run_are_refused_without_one(named, tmp_path, capsys):
+    assert main(["select", *named, *LESS, "--output_dir", str(tmp_path / "out"), "--train_model", "large"]) == 2
+    assert "--train_model say what a dry run compares with; add --dry-run" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
