@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_eff import registry
 from hf_eff.contracts.cost import MEMORY_TERMS, Cost, Facts
-from hf_eff.contracts.spec import MethodSpec, Traits
+from hf_eff.contracts.spec import SLOTS, MethodSpec, Traits
 from hf_eff.errors import PlanError
 from hf_eff.numerics.payback import PayBack
 from hf_eff.options import Chosen, EffOptions, ResolvedOptions, choose, resolve_options
@@ -106,6 +106,7 @@ class Plan:
     Attributes:
         resolved: The methods with their options, and the budget.
         facts: What the prediction rests on.
+        training_facts: The same while training: the selected rows, the model and the step as memory methods change them.
         bytes: Peak bytes per memory term.
         selected_rows: Rows that are trained on, or None when the pool's size is unknown.
         steps: Optimizer steps without a budget, or None.
@@ -116,6 +117,7 @@ class Plan:
 
     resolved: ResolvedOptions
     facts: Facts
+    training_facts: Facts
     bytes: Mapping[str, float]
     selected_rows: int | None
     steps: int | None
@@ -221,6 +223,7 @@ def make_plan(options: EffOptions, facts: Facts) -> Plan:
     plan = Plan(
         resolved=resolved,
         facts=facts,
+        training_facts=adapted,
         bytes={term: float(memory.bytes.get(term, 0.0)) for term in MEMORY_TERMS},
         selected_rows=rows,
         steps=steps,
@@ -305,8 +308,7 @@ def _kept(chosen: Chosen, rows: int, mean_tokens: float) -> int:
 
 def _memory_cost(resolved: ResolvedOptions, facts: Facts) -> tuple[Facts, Cost]:
     """Adapt facts by every method but the last of the chain, which predicts on what it then sees."""
-    order = {"weights": 0, "activations": 1, "update": 2}
-    chain = sorted(resolved.memory, key=lambda chosen: order[chosen.spec.slot])
+    chain = sorted(resolved.memory, key=lambda chosen: SLOTS["memory"].index(chosen.spec.slot))
     for chosen in chain[:-1]:
         facts = _adapted(chosen, facts)
     last = chain[-1]

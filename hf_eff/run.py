@@ -99,8 +99,9 @@ class BudgetedRun:
         """FLOPs of these micro-batches on this rank, recomputation by checkpointing included."""
         flops = self.memory.step_flops(self.model, shapes, global_step)
         differentiates = all(chosen.spec.traits.needs_backward for chosen in self.plan.resolved.memory)
-        if self.plan.facts.run.checkpointing and differentiates:
-            flops += sum(recompute_flops(self.model, shape) for shape in shapes)
+        run = self.plan.training_facts.run
+        if run.checkpointing and differentiates:
+            flops += sum(recompute_flops(self.model, shape) for shape in shapes) / run.checkpoint_every
         return flops
 
     def _passed(self, need: Mapping[str, float]) -> str | None:

@@ -24,7 +24,7 @@ from hf_eff.contracts.memory import OptimizerContext, StepContext
 from hf_eff.engines.checkpoints import is_complete, resolve_checkpoint
 from hf_eff.engines.facts import batch_shape, model_facts, model_facts_from_config, pool_facts
 from hf_eff.engines.packed_weights import never_packed
-from hf_eff.engines.schedule_progress import follow_budget
+from hf_eff.engines.schedule_progress import follow_budget, hold
 from hf_eff.engines.spool import spooled
 from hf_eff.files import require_writable
 from hf_eff.hardware.ledger import Ledger, Purpose
@@ -172,11 +172,14 @@ class BudgetedTrainerMixin(_Parent):
             stock=stock,
             seed=self.args.seed,
             total_steps=(self.plan.stop_step if self.plan is not None else None) or 0,
+            max_grad_norm=self.args.max_grad_norm or 0.0,
         )
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """The parent's schedule, sped up so that it ends when an additive budget ends."""
         scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
+        if self.budgeted_run is not None:
+            hold(scheduler, self.memory_stack.schedule_every())
         if self.budgeted_run is not None and self.budgeted_run.limits_progress:
             follow_budget(scheduler, num_training_steps, self.budgeted_run.progress)
         return scheduler

@@ -116,6 +116,14 @@ class RunFacts:
     compute_bytes: float = 4.0
     """Bytes per activation element."""
     checkpointing: bool = False
+    checkpoint_every: int = 1
+    """With checkpointing: every so many layers are checkpointed, the others kept whole."""
+    row_chunks: int = 1
+    """Parts that a micro-batch's rows are split into, one forward and backward each."""
+    loss_tokens: int = 0
+    """Tokens whose logits exist at one time; 0 for all of a micro-batch."""
+    offload: bool = False
+    """Whether what autograd keeps waits in host memory instead of the accelerator's."""
     packing: bool = False
     padding_free: bool = False
     fp16: bool = False
@@ -166,6 +174,8 @@ class Cost:
         disk_bytes: Bytes written outside checkpoints.
         bytes: Peak bytes per memory term, keys of ``MEMORY_TERMS``. The five add up to an upper
             estimate of the peak during training.
+        host_bytes: Of an accelerator's run: bytes that wait in host memory instead, such as offloaded
+            optimizer state. On a CPU they are in ``bytes``, because there is no other memory.
     """
 
     flops: float = 0.0
@@ -173,6 +183,7 @@ class Cost:
     tokens: float = 0.0
     disk_bytes: float = 0.0
     bytes: Mapping[str, float] = field(default_factory=dict)
+    host_bytes: float = 0.0
 
     @property
     def peak_bytes(self) -> float:

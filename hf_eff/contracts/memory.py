@@ -50,6 +50,7 @@ class OptimizerContext:
         stock: Builds the optimizer exactly as the parent trainer would.
         seed: Seed of the run; the only source of randomness allowed, combined with the step.
         total_steps: Planned optimizer steps, or 0 when unknown.
+        max_grad_norm: ``args.max_grad_norm``; 0 for no clipping.
     """
 
     model: nn.Module
@@ -61,6 +62,7 @@ class OptimizerContext:
     stock: Callable[[], torch.optim.Optimizer]
     seed: int
     total_steps: int = 0
+    max_grad_norm: float = 0.0
 
 
 @dataclass
@@ -75,7 +77,9 @@ class StepContext:
         micro_step: Index of this micro-batch inside the accumulation window.
         micro_steps: Micro-batches in this window.
         global_step: Optimizer steps done before this one.
-        stock: ``stock(model, inputs, num_items)``: the parent's ``training_step``.
+        stock: ``stock(model, inputs, num_items, **changes)``: the next method's ``training_step``, and the
+            parent's at last. ``changes`` are other fields of this context for the methods below, such as
+            ``micro_step`` where one micro-batch becomes several.
         loss: ``loss(model, inputs, num_items) -> scalar tensor``: the parent's ``compute_loss``
             with inputs prepared and the trainer's autocast, no backward, scaled for accumulation
             as the parent scales it, and free of side effects on the trainer's metrics.
@@ -120,6 +124,10 @@ class MemoryMethod:
     def training_step(self, context: StepContext) -> torch.Tensor:
         """Compute one micro-batch; return the detached loss on the trainer's device."""
         return context.stock(context.model, context.inputs, context.num_items)
+
+    def schedule_every(self) -> int:
+        """Optimizer steps between two steps of the learning-rate schedule; asked after ``create_optimizer``."""
+        return 1
 
     def grad_norm(self) -> float | None:
         """What to log as ``grad_norm``; None for the gradient's own norm."""

@@ -19,7 +19,9 @@ Kind = Literal["selection", "memory", "governor"]
 KINDS: tuple[Kind, ...] = ("selection", "memory", "governor")
 SLOTS: Mapping[str, tuple[str, ...]] = {
     "selection": ("pool", "batch", "order"),
-    "memory": ("weights", "update", "activations"),
+    # In the order in which they wrap each other, outermost first. The three kinds of activations are the factors
+    # of what a step keeps: rows at a time, values a layer keeps, values the loss keeps.
+    "memory": ("weights", "activations.rows", "activations.layers", "activations.loss", "update"),
     "governor": ("policy",),
 }
 

@@ -1,4 +1,4 @@
-"""A learning-rate schedule that ends when the budget ends, not at a step that is never reached."""
+"""Learning-rate schedules by another clock: one that ends with the budget, one that rests between sweeps."""
 
 from __future__ import annotations
 
@@ -28,3 +28,21 @@ def follow_budget(scheduler: LRScheduler, total_steps: int, spent_fraction: Call
         return at
 
     scheduler.lr_lambdas = [faster(rate) for rate in scheduler.lr_lambdas]
+
+
+def hold(scheduler: LRScheduler, every: int) -> None:
+    """Let a schedule move once every ``every`` steps, and rest in between, over the same number of steps.
+
+    Only ``LambdaLR`` schedules, as for ``follow_budget``. What is saved in checkpoints does not change.
+
+    Args:
+        scheduler: Changed in place.
+        every: Optimizer steps between two values, at least 1.
+    """
+    if every == 1 or not isinstance(scheduler, LambdaLR):
+        return
+
+    def held(rate: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda step: rate(step - step % every)
+
+    scheduler.lr_lambdas = [held(rate) for rate in scheduler.lr_lambdas]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_eff.contracts.memory import BatchShape, MemoryMethod, OptimizerContext, StepContext
+from hf_eff.contracts.spec import SLOTS
 from hf_eff.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from hf_eff.contracts.cost import ModelFacts
     from hf_eff.options import Chosen
 
-_ORDER = ("weights", "activations", "update")
+_ORDER = SLOTS["memory"]
 
 
 class MemoryStack(MemoryMethod):
@@ -68,11 +69,15 @@ class MemoryStack(MemoryMethod):
         if position == len(self.parts):
             return context.stock(context.model, context.inputs, context.num_items)
 
-        def inner(model: nn.Module, inputs: Any, num_items: Any) -> torch.Tensor:
-            below = dataclasses.replace(context, model=model, inputs=inputs, num_items=num_items)
+        def inner(model: nn.Module, inputs: Any, num_items: Any, **changes: Any) -> torch.Tensor:
+            below = dataclasses.replace(context, model=model, inputs=inputs, num_items=num_items, **changes)
             return self._nested(position + 1, below)
 
         return self.parts[position].training_step(dataclasses.replace(context, stock=inner))
+
+    def schedule_every(self) -> int:
+        """The slowest part's answer."""
+        return max(part.schedule_every() for part in self.parts)
 
     def grad_norm(self) -> float | None:
         """The innermost answer that is not None."""

@@ -55,7 +55,7 @@ def token_loss(model: nn.Module, inputs: Batch, num_items: int | None = None) ->
     return total / (num_items or loss_tokens([inputs]))
 
 
-def _stock_step(model: nn.Module, inputs: Batch, num_items: int) -> torch.Tensor:
+def _stock_step(model: nn.Module, inputs: Batch, num_items: int, **_changes: Any) -> torch.Tensor:
     model.train()
     loss = token_loss(model, inputs, num_items)
     loss.backward()
