@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from hf_eff import registry
 from hf_eff.contracts.cost import RunFacts
+from hf_eff.numerics.optimizer_bytes import is_stateless
 from hf_eff.options import EffOptions, resolve_options
 
 _DICT_FIELDS = ("selection_kwargs", "memory_kwargs", "governor_kwargs")
@@ -44,6 +45,10 @@ class BudgetedArguments:
     )
     governor_mode: str = field(
         default="act", metadata={"help": "What happens to decisions: 'act', 'advise' (print) or 'observe' (log)."}
+    )
+    out_of_memory: str | None = field(
+        default=None,
+        metadata={"help": "When memory runs out: 'adapt' (the plan's ladder), 'exact' (its exact rungs) or 'raise'."},
     )
     price_per_hour: float | None = field(
         default=None, metadata={"help": "Price of the machine in USD per hour; turns time into money."}
@@ -91,6 +96,7 @@ def options_of(args: Any) -> EffOptions:
         governor=getattr(args, "governor", None),
         budget=getattr(args, "budget", None),
         governor_mode=read("governor_mode"),
+        out_of_memory=getattr(args, "out_of_memory", None),
         price_per_hour=_number(getattr(args, "price_per_hour", None)),
         **{name: _mapping(getattr(args, name, None)) for name in _DICT_FIELDS},
     )
@@ -127,6 +133,7 @@ def run_facts(args: TrainingArguments, trainer: str = "trainer", *, custom_optim
     if checkpointing is None:
         checkpointing = getattr(args, "gradient_checkpointing", False)
     half = bool(args.bf16 or args.fp16)
+    optim = str(getattr(args.optim, "value", args.optim))
     return RunFacts(
         trainer=trainer,
         batch_size=args.train_batch_size,
@@ -141,8 +148,10 @@ def run_facts(args: TrainingArguments, trainer: str = "trainer", *, custom_optim
         fp16=bool(args.fp16),
         bf16=bool(args.bf16),
         max_grad_norm=float(args.max_grad_norm),
-        optim=str(getattr(args.optim, "value", args.optim)),
-        optimizer_bytes=_optimizer_bytes(str(getattr(args.optim, "value", args.optim))),
+        optim=optim,
+        optim_args=args.optim_args or "",
+        optim_target_modules=_targets(args.optim_target_modules),
+        optimizer_bytes=0.0 if is_stateless(optim, args.optim_args or "") else None,
         auto_find_batch_size=bool(args.auto_find_batch_size),
         custom_optimizer=custom_optimizer,
         lr_scheduler=str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
@@ -152,14 +161,5 @@ def run_facts(args: TrainingArguments, trainer: str = "trainer", *, custom_optim
     )
 
 
-def _optimizer_bytes(optim: str) -> float:
-    """Bytes of state per trainable parameter of transformers' own optimizer names, where they are plain."""
-    if "8bit" in optim:
-        return 2.03 if "lion" not in optim and "rmsprop" not in optim else 1.02
-    if optim in ("sgd", "lomo", "adalomo"):
-        return 0.0
-    if optim in ("adagrad", "rmsprop"):
-        return 4.0
-    if optim == "adafactor":
-        return 0.1
-    return 8.0
+def _targets(modules: Any) -> str | tuple[str, ...]:
+    return modules if isinstance(modules, str) else tuple(modules or ())

@@ -38,6 +38,10 @@ class BudgetExceededError(EffError, RuntimeError):
     """The next unit of work would pass a budget; nothing of it was spent."""
 
 
+class MemoryExhaustedError(EffError, MemoryError):
+    """A training step does not fit, whatever the plan's ladder allows."""
+
+
 class ScoringStoppedError(EffError, RuntimeError):
     """Scoring was asked to stop before every row had a score; there is no selection."""
 

@@ -13,6 +13,7 @@ from hf_eff.contracts.spec import Kind, MethodConfig, MethodSpec, knob
 from hf_eff.errors import OptionError, PlanError
 
 GOVERNOR_MODES = ("act", "advise", "observe")
+OUT_OF_MEMORY = ("adapt", "exact", "raise")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,8 @@ class EffOptions:
         budget: Limits such as ``"2h, 3e15flop"``.
         governor_mode: ``"act"``, ``"advise"`` (say what it would do) or ``"observe"`` (log only).
         price_per_hour: Price of the machine in USD, for budgets in ``usd``.
+        out_of_memory: What happens when memory runs out: ``"adapt"`` tries the rungs that the plan lists, ``"exact"``
+            only those that leave the result as it is, ``"raise"`` none. None is ``"adapt"``, once anything else is set.
         selection_kwargs, memory_kwargs, governor_kwargs: Options of the methods.
     """
 
@@ -35,6 +38,7 @@ class EffOptions:
     budget: str | None = None
     governor_mode: str = "act"
     price_per_hour: float | None = None
+    out_of_memory: str | None = None
     selection_kwargs: Mapping[str, Any] = field(default_factory=dict)
     memory_kwargs: Mapping[str, Any] = field(default_factory=dict)
     governor_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -42,7 +46,8 @@ class EffOptions:
     @property
     def is_neutral(self) -> bool:
         """Whether nothing is asked for, so that the parent trainer runs untouched."""
-        return (self.selection, self.memory, self.governor or "none") == ("all", "full", "none") and not self.budget
+        methods = (self.selection, self.memory, self.governor or "none")
+        return methods == ("all", "full", "none") and not self.budget and self.out_of_memory is None
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,8 @@ def resolve_options(options: EffOptions) -> ResolvedOptions:
     """
     if options.governor_mode not in GOVERNOR_MODES:
         raise OptionError(f"governor_mode must be one of {list(GOVERNOR_MODES)}, got {options.governor_mode!r}.")
+    if options.out_of_memory not in (None, *OUT_OF_MEMORY):
+        raise OptionError(f"out_of_memory must be one of {list(OUT_OF_MEMORY)}, got {options.out_of_memory!r}.")
     budget = Budget.parse(options.budget)
     if "usd" in budget.limits and options.price_per_hour is None:
         raise OptionError("budget in usd needs price_per_hour=..., the price of the machine in USD per hour.")

@@ -10,10 +10,12 @@ from typing import Any
 
 from hf_eff import registry
 from hf_eff.contracts.cost import MEMORY_TERMS, Cost, Facts
-from hf_eff.contracts.spec import SLOTS, MethodSpec, Traits
+from hf_eff.contracts.spec import MethodSpec
 from hf_eff.errors import PlanError
+from hf_eff.numerics.optim_rules import optim_problem, optim_warning
 from hf_eff.numerics.payback import PayBack
 from hf_eff.options import Chosen, EffOptions, ResolvedOptions, choose, resolve_options
+from hf_eff.plan_memory import Rung, memory_cost, planned_ladder
 from hf_eff.plan_table import payback_facts, plan_lines
 from hf_eff.units import format_amount, format_bytes
 
@@ -66,6 +68,13 @@ REFUSALS = (
         "a causal language model",
     ),
     Refusal(
+        "needs_accelerator",
+        True,
+        lambda f: f.hardware.device == "cpu",
+        "moves data off an accelerator, and there is none",
+        "memory='checkpointing'",
+    ),
+    Refusal(
         "needs_blocks",
         True,
         lambda f: len(f.model.blocks) < 2,
@@ -106,12 +115,13 @@ class Plan:
     Attributes:
         resolved: The methods with their options, and the budget.
         facts: What the prediction rests on.
-        training_facts: The same while training: the selected rows, the model and the step as memory methods change them.
+        training_facts: The same while training: the selected rows, model and step as memory methods change them.
         bytes: Peak bytes per memory term.
         selected_rows: Rows that are trained on, or None when the pool's size is unknown.
         steps: Optimizer steps without a budget, or None.
         step_flops, step_tokens: Mean cost of one optimizer step over all processes.
         flops: Predicted FLOPs by purpose (``select``, ``train``, ``probe``), budget not applied.
+        ladder: What is tried, in order, when memory runs out.
         warnings: What the user should know before spending.
     """
 
@@ -125,6 +135,7 @@ class Plan:
     step_tokens: float
     flops: Mapping[str, float]
     selection_tokens: float
+    ladder: tuple[Rung, ...]
     warnings: tuple[str, ...]
 
     @property
@@ -190,6 +201,7 @@ class Plan:
                 "selection_share": self.selection_share,
                 "payback": None if self.payback is None else payback_facts(self.payback),
             },
+            "ladder": [dataclasses.asdict(rung) for rung in self.ladder],
             "facts": dataclasses.asdict(self.facts),
             "warnings": list(self.warnings),
         }
@@ -216,7 +228,7 @@ def make_plan(options: EffOptions, facts: Facts) -> Plan:
     rows, selection = _selection_cost(resolved, facts)
     trained = _with_rows(facts, rows)
     steps = planned_steps(trained)
-    adapted, memory = _memory_cost(resolved, trained)
+    adapted, memory = memory_cost(resolved, trained)
     step_flops = memory.step_flops * adapted.hardware.world_size
     flops = {"select": selection.flops, "train": step_flops * (steps or 0)}
     governor: Cost = resolved.governor.spec.cost(resolved.governor.config, adapted)
@@ -231,6 +243,7 @@ def make_plan(options: EffOptions, facts: Facts) -> Plan:
         step_tokens=_step_tokens(trained),
         flops={**flops, "probe": governor.flops},
         selection_tokens=selection.tokens,
+        ladder=planned_ladder(resolved, trained),
         warnings=(),
     )
     plan = _capped(plan)
@@ -306,20 +319,6 @@ def _kept(chosen: Chosen, rows: int, mean_tokens: float) -> int:
     return min(rows, int(size["value"]))
 
 
-def _memory_cost(resolved: ResolvedOptions, facts: Facts) -> tuple[Facts, Cost]:
-    """Adapt facts by every method but the last of the chain, which predicts on what it then sees."""
-    chain = sorted(resolved.memory, key=lambda chosen: SLOTS["memory"].index(chosen.spec.slot))
-    for chosen in chain[:-1]:
-        facts = _adapted(chosen, facts)
-    last = chain[-1]
-    cost: Cost = last.spec.cost(last.config, facts)
-    return _adapted(last, facts), cost
-
-
-def _adapted(chosen: Chosen, facts: Facts) -> Facts:
-    return chosen.spec.adapt(chosen.config, facts) if chosen.spec.adapt is not None else facts
-
-
 def _refuse(resolved: ResolvedOptions, facts: Facts) -> None:
     for chosen in resolved.methods:
         registry.require(chosen.spec)
@@ -335,16 +334,20 @@ def _refuse(resolved: ResolvedOptions, facts: Facts) -> None:
             "auto_find_batch_size=True restarts the step count and would break the budget and the block schedule; "
             "set per_device_train_batch_size instead."
         )
-    _refuse_ignored_optim(resolved, facts)
+    _refuse_optim(resolved, facts)
 
 
-def _refuse_ignored_optim(resolved: ResolvedOptions, facts: Facts) -> None:
-    for chosen in resolved.memory:
-        if chosen.spec.traits.owns_optimizer and facts.run.optim not in _STOCK_OPTIMS:
-            raise PlanError(
-                f"{chosen.spec.address} makes its own update, so optim={facts.run.optim!r} would be ignored; "
-                "leave optim at its default or use memory='full'."
-            )
+def _refuse_optim(resolved: ResolvedOptions, facts: Facts) -> None:
+    """Refuse an ``optim`` that a method would ignore, or that would silently do something else."""
+    owner = next((chosen.spec for chosen in resolved.memory if chosen.spec.traits.owns_optimizer), None)
+    if owner is not None and facts.run.optim not in _STOCK_OPTIMS:
+        raise PlanError(
+            f"{owner.address} makes its own update, so optim={facts.run.optim!r} would be ignored; leave optim at its "
+            "default or use memory='full'."
+        )
+    problem = None if owner is not None else optim_problem(facts.run, facts.hardware.backend)
+    if problem is not None:
+        raise PlanError(problem)
 
 
 def _applies(refusal: Refusal, spec: MethodSpec) -> bool:
@@ -370,9 +373,11 @@ def _alternatives(spec: MethodSpec, refusal: Refusal) -> list[str]:
 def _refuse_budget(plan: Plan) -> None:
     limits = plan.resolved.budget.limits
     cap = limits.get("bytes")
-    if cap is not None and plan.peak_bytes > cap:
+    least = min([plan.peak_bytes, *(rung.bytes for rung in plan.ladder)])
+    if cap is not None and least > cap:
+        also = ", with all that out_of_memory allows" if plan.ladder else ""
         raise PlanError(
-            f"budget={format_bytes(cap)} is below the predicted peak of {format_bytes(plan.peak_bytes)} for "
+            f"budget={format_bytes(cap)} is below the predicted peak of {format_bytes(least)}{also}, for "
             f"memory={plan.resolved.options.memory!r}; lower the batch size or the length, or use a method that "
             f"holds less ('hf-eff profile' compares them)."
         )
@@ -395,6 +400,14 @@ def _warnings(plan: Plan) -> list[str]:
             f"selection takes {plan.selection_share:.0%} of the predicted FLOPs; a smaller pool, a cheaper method "
             "or reuse of the manifest would pay back sooner."
         )
+    cap = resolved.budget.limits.get("bytes")
+    if cap is not None and plan.peak_bytes > cap:
+        rung = next(rung for rung in plan.ladder if rung.bytes <= cap)
+        found.append(
+            f"the longest batches would need {format_bytes(plan.peak_bytes)} and the budget is {format_bytes(cap)}; "
+            f"they are trained with what out_of_memory allows, up to {rung.name!r}"
+            f"{'' if rung.exact else ', which changes the result'}."
+        )
     for chosen in resolved.methods:
         if chosen.spec.status == "experimental":
             found.append(f"{chosen.spec.address} is experimental and may change.")
@@ -402,20 +415,11 @@ def _warnings(plan: Plan) -> list[str]:
             found.append(f"{chosen.spec.address} trains with dropout off.")
         if not chosen.spec.traits.max_grad_norm and facts.run.max_grad_norm > 0:
             found.append(f"{chosen.spec.address} does not apply max_grad_norm={facts.run.max_grad_norm:g}.")
+    undone = optim_warning(facts.run)
+    found += [undone] if undone is not None else []
     if not facts.model.exact_flops:
         found.append("this model has layers of unknown cost; FLOPs are an estimate.")
     probabilistic = sorted({"seconds", "kwh", "usd"} & set(resolved.budget.limits))
     if probabilistic:
         found.append(f"the {', '.join(probabilistic)} limit is kept up to one step: the next step's time is not known.")
     return found
-
-
-def traits_of(resolved: ResolvedOptions, flag: str) -> bool:
-    """Whether any memory method of the run has a flag set.
-
-    Raises:
-        AttributeError: ``flag`` is no field of ``Traits``.
-    """
-    if flag not in Traits.__dataclass_fields__:
-        raise AttributeError(f"Traits has no flag {flag!r}")
-    return any(getattr(chosen.spec.traits, flag) for chosen in resolved.memory)

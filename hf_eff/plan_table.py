@@ -26,6 +26,7 @@ def plan_lines(plan: Plan) -> list[str]:
         f"{'memory term':<16}{'predicted':>14}",
         *(f"{term:<16}{format_bytes(amount):>14}" for term, amount in plan.bytes.items()),
         f"{'peak':<16}{format_bytes(plan.peak_bytes):>14}",
+        *_ladder_lines(plan),
         "",
         f"{'purpose':<16}{'predicted':>14}",
         *(f"{purpose:<16}{format_amount('flops', amount):>14}" for purpose, amount in plan.flops.items()),
@@ -34,6 +35,15 @@ def plan_lines(plan: Plan) -> list[str]:
         *([] if plan.payback is None else ["", f"pay-back: {plan.payback}"]),
     ]
     return lines + [f"note: {warning}" for warning in plan.warnings]
+
+
+def _ladder_lines(plan: Plan) -> list[str]:
+    """What is tried when memory runs out; a star marks what changes the result."""
+    rungs = [f"{rung.name}{'' if rung.exact else '*'} ({format_bytes(rung.bytes)})" for rung in plan.ladder]
+    if not rungs:
+        return []
+    star = "" if all(rung.exact for rung in plan.ladder) else "   (* changes the result)"
+    return [f"{'if it runs out':<16}{', then '.join(rungs)}{star}"]
 
 
 def payback_facts(payback: PayBack) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from hf_eff.engines.step_reserve import StepReserve
 from hf_eff.errors import CheckpointError, EffWarning, TrainingDivergedError
 from hf_eff.hardware.ledger import Ledger
 from hf_eff.hardware.memory_meter import MemoryMeter
-from hf_eff.hardware.probe import set_memory_cap
+from hf_eff.hardware.probe import current_bytes, set_memory_cap
 from hf_eff.numerics.flops import recompute_flops
+from hf_eff.rescue import Rescue
 from hf_eff.supervisor import Supervisor
 from hf_eff.units import format_amount
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from hf_eff.contracts.cost import ModelFacts
-    from hf_eff.contracts.memory import BatchShape
+    from hf_eff.contracts.memory import BatchShape, StepContext
     from hf_eff.memory import MemoryStack
     from hf_eff.plan import Plan
     from hf_eff.run_directory import RunDirectory
@@ -58,6 +59,7 @@ class BudgetedRun:
         self.ranks = Ranks()
         self.ledger = Ledger(plan.resolved.budget, plan.resolved.options.price_per_hour)
         self.reserve = StepReserve()
+        self.rescue = Rescue(plan, memory, model, self._charge_again)
         self.supervisor: Supervisor | None = None
         self.selection_digest: str | None = None
         self.stop = _CONTINUE
@@ -89,6 +91,19 @@ class BudgetedRun:
         self.ledger.charge("train", steps=1, **need)
         return True
 
+    def _charge_again(self, contexts: Sequence[StepContext]) -> None:
+        """Charge micro-batches that are done again because memory ran out.
+
+        Raises:
+            BudgetExceededError: The budget has no FLOPs or tokens left for another attempt.
+        """
+        step = contexts[-1].global_step
+        flops = self.step_flops([batch_shape(each.inputs, self.model) for each in contexts], step)
+        need = {**self._tokens([each.inputs for each in contexts]), "flops": flops}
+        what = f"a further attempt at optimizer step {step}, which did not fit in memory,"
+        self.ledger.require({"flops": flops, "tokens": need["tokens"]}, what)
+        self.ledger.charge("train", **need)
+
     def _tokens(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         two_stacks = self.model.is_encoder_decoder
         counts = [token_counts(batch, self.model.is_causal_lm, is_encoder_decoder=two_stacks) for batch in batches]
@@ -100,7 +115,7 @@ class BudgetedRun:
         flops = self.memory.step_flops(self.model, shapes, global_step)
         differentiates = all(chosen.spec.traits.needs_backward for chosen in self.plan.resolved.memory)
         run = self.plan.training_facts.run
-        if run.checkpointing and differentiates:
+        if (run.checkpointing or self.rescue.checkpoints) and differentiates:
             flops += sum(recompute_flops(self.model, shape) for shape in shapes) / run.checkpoint_every
         return flops
 
@@ -138,6 +153,8 @@ class BudgetedRun:
         self._clocks.enter_context(self.ledger.clock("train"))
         cap = self.ledger.budget.limits.get("bytes")
         if cap is not None:
+            idle = max(0.0, current_bytes() - self.plan.bytes["weights"])
+            self.rescue.expect(cap - idle)
             set_memory_cap(cap)
             self._clocks.callback(set_memory_cap, None)
 
@@ -236,6 +253,7 @@ class BudgetedRun:
             "spent_before_training": self._spent_before_training,
             "reserve": self.reserve.state_dict(),
             "supervisor": self.supervisor.state_dict() if self.supervisor is not None else None,
+            "rescue": self.rescue.state_dict(),
             "memory": self.memory.state_dict(),
         }
         save_state(folder, state)
@@ -269,6 +287,7 @@ class BudgetedRun:
     def load_methods(self) -> None:
         """Hand saved state to the memory methods and the governor, before the optimizer loads its own."""
         state = self._methods_state
+        self.rescue.load_state_dict(state["rescue"])
         self.memory.load_state_dict(state["memory"], self.steps_done)
         if self.supervisor is not None and state["supervisor"] is not None:
             self.supervisor.load_state_dict(state["supervisor"], self.steps_done)

@@ -113,7 +113,12 @@ def finish_run(trainer: Any, run: BudgetedRun) -> dict[str, Any]:
     report = build_report(
         run.plan.to_dict(),
         {"spent": run.ledger.spent(), "by_purpose": run.ledger.by_purpose()},
-        {**run.memory_measured, "steps": run.steps_done, "stopped_by": stopped_by},
+        {
+            **run.memory_measured,
+            "steps": run.steps_done,
+            "stopped_by": stopped_by,
+            "out_of_memory": run.rescue.events,
+        },
         _chosen_rows(selection) if selection is not None else None,
         {"ended": run.stop.reason} if stopped_by else None,
         environment(getattr(getattr(trainer.model, "config", None), "_name_or_path", None) or None),

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,9 +24,12 @@ from hf_eff.contracts.cost import Facts, ModelFacts
 from hf_eff.contracts.memory import OptimizerContext, StepContext
 from hf_eff.engines.checkpoints import is_complete, resolve_checkpoint
 from hf_eff.engines.facts import batch_shape, model_facts, model_facts_from_config, pool_facts
+from hf_eff.engines.logged_metrics import metrics_kept, metrics_snapshot
 from hf_eff.engines.packed_weights import never_packed
+from hf_eff.engines.plain_state import follow_schedule, keep_plain
 from hf_eff.engines.schedule_progress import follow_budget, hold
 from hf_eff.engines.spool import spooled
+from hf_eff.engines.update_hooks import UpdateHooks, without_new_hooks
 from hf_eff.files import require_writable
 from hf_eff.hardware.ledger import Ledger, Purpose
 from hf_eff.hardware.probe import hardware_facts
@@ -63,6 +67,7 @@ class BudgetedTrainerMixin(_Parent):
     _given_model: ModelFacts | None = None
     budgeted_run: BudgetedRun | None = None
     _micro_step: int = 0
+    _update_hooks: UpdateHooks | None = None
 
     def __init__(self, *positional: Any, **named: Any) -> None:
         given = _by_name(type(self), positional, named)
@@ -142,6 +147,7 @@ class BudgetedTrainerMixin(_Parent):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self._folder)
         self.budgeted_run = start_run(self, self.plan, checkpoint)
+        self.budgeted_run.rescue.attach(self._current_optimizer, partial(metrics_snapshot, self))
         try:
             with never_packed(
                 self.accelerator.unwrap_model(self.model)
@@ -154,14 +160,31 @@ class BudgetedTrainerMixin(_Parent):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Let the memory methods make the optimizer, else the one that ``optim`` names."""
-        if self.budgeted_run is not None and self.optimizer is None:
-            model = next(iter([*args, *kwargs.values()]), None) or self.model
-            stock = _Once(lambda: super(BudgetedTrainerMixin, self).create_optimizer(*args, **kwargs))
-            self.optimizer = self.memory_stack.create_optimizer(self._optimizer_context(model, stock))
-        return super().create_optimizer(*args, **kwargs)
+        if self.budgeted_run is None:
+            optimizer = super().create_optimizer(*args, **kwargs)
+            keep_plain(optimizer)
+            return optimizer
+        model = next(iter([*args, *kwargs.values()]), None) or self.model
+        stock = _Once(lambda: super(BudgetedTrainerMixin, self).create_optimizer(*args, **kwargs))
+        with self._hooks_of_a_new_optimizer(model):
+            if self.optimizer is None:
+                self.optimizer = self.memory_stack.create_optimizer(self._optimizer_context(model, stock))
+            optimizer = super().create_optimizer(*args, **kwargs)
+        keep_plain(optimizer, always=True)
+        follow_schedule(optimizer)
+        return optimizer
+
+    def _hooks_of_a_new_optimizer(self, model: Any) -> contextlib.AbstractContextManager[None]:
+        """Take off the hooks of the run before, if the optimizer starts anew, and note those of this one."""
+        if self._update_hooks is None or self.optimizer is None:
+            if self._update_hooks is not None:
+                self._update_hooks.remove()
+            self._update_hooks = UpdateHooks()
+        return self._update_hooks.watch(model)
 
     def _optimizer_context(self, model: Any, stock: Callable[[], torch.optim.Optimizer]) -> OptimizerContext:
-        chosen = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
+        with without_new_hooks(model):  # asking for a layerwise class makes optimizers that would update, too
+            chosen = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
         return OptimizerContext(
             model=model,
             candidates=frozenset(name for name, tensor in model.named_parameters() if tensor.requires_grad),
@@ -174,6 +197,11 @@ class BudgetedTrainerMixin(_Parent):
             total_steps=(self.plan.stop_step if self.plan is not None else None) or 0,
             max_grad_norm=self.args.max_grad_norm or 0.0,
         )
+
+    def _current_optimizer(self) -> OptimizerContext:
+        """The context of a method that takes over in the middle of a run: its stock optimizer is the one in use."""
+        optimizer: Any = self.optimizer
+        return self._optimizer_context(self.model, lambda: getattr(optimizer, "optimizer", optimizer))
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """The parent's schedule, sped up so that it ends when an additive budget ends."""
@@ -213,20 +241,24 @@ class BudgetedTrainerMixin(_Parent):
             micro_step=self._micro_step,
             micro_steps=self.current_gradient_accumulation_steps,
             global_step=self.state.global_step,
-            stock=super().training_step,
+            stock=self._stock_step,
             loss=self._loss_alone,
             mean_over_ranks=self.budgeted_run.ranks.mean,
         )
         with self.budgeted_run.measured(context.unwrapped):
-            loss = self.memory_stack.training_step(context)
+            loss = self.budgeted_run.rescue.training_step(context)
         self._micro_step += 1
         self.budgeted_run.note_loss(loss)
         return loss
 
+    def _stock_step(self, model: nn.Module, inputs: Any, num_items: Any, **_changes: Any) -> torch.Tensor:
+        """The parent's training step."""
+        return super().training_step(model, inputs, num_items)
+
     def _loss_alone(self, model: nn.Module, inputs: Any, num_items: Any) -> torch.Tensor:
         """The parent's loss, scaled for accumulation, with no trace left in its metrics."""
         batch = dict(self._prepare_inputs(inputs))
-        with _metrics_kept(self), self.compute_loss_context_manager():
+        with metrics_kept(self), self.compute_loss_context_manager():
             loss: Any = self.compute_loss(model, batch, num_items_in_batch=num_items)
         loss = loss.mean() if self.args.n_gpu > 1 else loss
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
@@ -313,6 +345,11 @@ class _RunCallback(TrainerCallback):
         trainer._micro_step = 0  # noqa: SLF001
         trainer.memory_stack.step_begin(state.global_step)
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self._trainer
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        trainer.budgeted_run.rescue.before_update(kwargs["optimizer"], model, state.global_step)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self._trainer
         rate = kwargs["lr_scheduler"].get_last_lr()[0]
@@ -335,23 +372,6 @@ def _by_name(kind: type, positional: tuple[Any, ...], named: dict[str, Any]) -> 
             kinds = {parameter.kind: name for name, parameter in signature.parameters.items()}
             return {**bound, **bound.pop(kinds.get(inspect.Parameter.VAR_KEYWORD, ""), {})}
     raise TypeError(f"{kind.__name__} has no base whose constructor takes args=...; use a Trainer subclass.")
-
-
-@contextlib.contextmanager
-def _metrics_kept(trainer: Any) -> Iterator[None]:
-    """TRL's ``compute_loss`` counts tokens and metrics at each call; put them back as they were."""
-    metrics = getattr(trainer, "_metrics", None)
-    tokens = getattr(trainer, "_total_train_tokens", None)
-    kept = {mode: {key: list(values) for key, values in entries.items()} for mode, entries in (metrics or {}).items()}
-    try:
-        yield
-    finally:
-        if metrics is not None:
-            for mode, entries in metrics.items():
-                entries.clear()
-                entries.update(kept.get(mode, {}))
-        if tokens is not None:
-            trainer._total_train_tokens = tokens  # noqa: SLF001
 
 
 def _proxy_facts(name: str | None) -> ModelFacts | None:

@@ -20,10 +20,13 @@ METHODS = [(kind, name) for kind in KINDS for name in list_methods(kind)]
 
 # One user today, kept apart because each is a concept with tests of its own. A second user makes its line superfluous.
 LONE_MODULES = {
+    "hf_eff.numerics.activation_bytes": "what autograd keeps, in closed form; tested against measured bytes",
+    "hf_eff.numerics.adapter_shapes": "sizes of adapters; tested against PEFT's",
     "hf_eff.numerics.balanced_influence": "greedy choice by the least served target; tested against a naive loop",
     "hf_eff.numerics.curves": "Bayesian average over curve families; tested against closed forms",
     "hf_eff.numerics.facility_location": "lazy greedy cover; tested against brute force and a naive greedy",
     "hf_eff.numerics.gain_curve": "least squares of accuracy over compute; tested on curves of known rate",
+    "hf_eff.numerics.gradient_subspace": "projections of gradients; tested against decompositions and plain loops",
     "hf_eff.numerics.k_center": "farthest-first traversal; tested against brute force",
     "hf_eff.numerics.near_duplicates": "MinHash candidates; tested on planted copies",
     "hf_eff.numerics.nearest": "inverted-file neighbours; tested against exact search",
@@ -34,7 +37,6 @@ LONE_MODULES = {
     "hf_eff.numerics.two_sided_projection": "projection of both sides of a gradient; tested against its matrices",
     "hf_eff.numerics.robust_slope": "Theil-Sen with its interval; tested against brute force",
     "hf_eff.numerics.top_k": "the best of a stream; tested against sorting all of it",
-    "hf_eff.numerics.trainable_blocks": "what a backward through some blocks costs; tested against counted FLOPs",
     "hf_eff.numerics.trajectory_clusters": "clusters of loss curves; tested on planted families",
 }
 
@@ -152,6 +154,7 @@ def test_options_are_frozen():
         "governor_kwargs",
         "governor_mode",
         "budget",
+        "out_of_memory",
         "price_per_hour",
     }
 

@@ -26,6 +26,53 @@ class BlockFacts:
     stream: str = "decoder"
     cross_width: int = 0
     cross_matmul_params: int = 0
+    score_heads: int = 0
+    """Heads whose attention probabilities are kept for the backward; 0 with a fused kernel."""
+    keeps_normalised: bool = True
+    """Whether a trained norm keeps its normalised states (RMS norms do; layer norms compute them again)."""
+    activation_copies: int = 1
+    """States of the feed-forward's width that its activation function keeps: more than its input where it is made of
+    several operations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorFacts:
+    """Trained parameters of equal shape in equal places of several blocks.
+
+    Attributes:
+        name: Name, with ``{}`` for the block's number.
+        shape: Shape of each.
+        bytes: Bytes per entry.
+        kind: ``"linear"`` (weight of a linear layer), ``"embedding"`` or ``"other"``.
+        blocks: Indices of the blocks that hold one, in forward order; empty for one parameter outside the blocks.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    bytes: float = 4.0
+    kind: str = "other"
+    blocks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptInputs:
+    """What one block keeps for the backward only because trained matrices read it, in values per token.
+
+    Attributes:
+        states: Distinct states that trained matrices read and nothing else keeps.
+        copies: The same under autocast, where each matrix casts its input for itself.
+        each: Inputs of all trained matrices, as adapters of another type than their base keep them.
+        inner: Outputs of the first of two adapter matrices.
+        masks: Dropout masks of adapters.
+        adapters: Not kept: entries of the block's adapters, frozen ones included, which widen no state.
+    """
+
+    states: int = 0
+    copies: int = 0
+    each: int = 0
+    inner: int = 0
+    masks: int = 0
+    adapters: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +92,10 @@ class TrainableFacts:
     lowest_block: int
     block_matmul_params: tuple[int, ...]
     head_matmul_params: int = 0
+    kept_inputs: tuple[KeptInputs, ...] = ()
+    """Per block; empty where it is not known which matrices train, and taken for all of a block."""
+    tensors: tuple[TensorFacts, ...] = ()
+    """The trained parameters; empty where only their number is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +181,12 @@ class RunFacts:
     bf16: bool = False
     max_grad_norm: float = 1.0
     optim: str = "adamw_torch"
-    optimizer_bytes: float = 8.0
-    """Bytes of optimizer state per trainable parameter."""
+    optim_args: str = ""
+    """Options of the optimizer, as in ``TrainingArguments``: ``"rank=64,scale=2"``."""
+    optim_target_modules: str | tuple[str, ...] = ()
+    """Modules that a low-rank optimizer projects: names, or one pattern."""
+    optimizer_bytes: float | None = None
+    """Bytes of optimizer state per trainable parameter; None for what ``optim`` takes."""
     auto_find_batch_size: bool = False
     custom_optimizer: bool = False
     lr_scheduler: str = "linear"

@@ -188,6 +188,8 @@ class Traits:
     """Works only on decoder-only language models."""
     needs_backward: bool = True
     """Memory: the training step differentiates (false for zeroth-order)."""
+    needs_accelerator: bool = False
+    """Memory: has no use, and is refused, where the model trains on a CPU."""
     needs_blocks: bool = False
     """Memory: needs a stack of at least two alike layers."""
     owns_backward: bool = False

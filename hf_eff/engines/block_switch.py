@@ -1,4 +1,4 @@
-"""The switch from one block to the next, and what it asks of the optimizer and of activation checkpointing."""
+"""The switch from some blocks to the next, and what it asks of the optimizer and of activation checkpointing."""
 
 from __future__ import annotations
 
@@ -9,53 +9,109 @@ import torch
 from torch import nn
 
 from hf_eff.engines.block_partition import Partition
+from hf_eff.engines.state_store import StatePolicy, StateStore, make_store, placed
 from hf_eff.errors import PlanError
 
 
 class BlockSwitch:
-    """Makes ``requires_grad``, gradients and optimizer state follow the active block.
+    """Makes ``requires_grad``, gradients and optimizer state follow the active blocks.
 
-    Parameters are looked up by name at every switch, because sharding replaces the objects.
+    Parameters are looked up by name at every switch, because sharding replaces the objects. A block that
+    stays active keeps its state whatever the policy.
 
     Args:
         model: The unwrapped model.
         optimizer: Holds all candidates in its groups; never wrapped.
         partition: What belongs to which block.
-        keep_state: Keep the optimizer state of a block that is left, instead of dropping it.
+        policy: What happens to the state of a block that is left: ``"reset"`` drops it, ``"keep"`` leaves it where
+            it is, ``"offload"`` moves it to host memory (on a CPU the same as ``"keep"``), ``"disk"`` to files.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, partition: Partition, *, keep_state: bool = False
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        partition: Partition,
+        policy: StatePolicy = "reset",
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.partition = partition
-        self.keep_state = keep_state
-        self.index: int | None = None
+        self.policy = policy
+        self.store = make_store(policy, next(model.parameters()).device)
+        self.active: tuple[int, ...] | None = None
+        self._brought = StateStore()
 
-    def activate(self, index: int) -> None:
-        """Freeze all blocks but one. Does nothing when that block is active already."""
-        if index == self.index:
+    def activate(self, blocks: tuple[int, ...]) -> None:
+        """Freeze all blocks but these. Does nothing when just they are active already."""
+        if blocks == self.active:
             return
-        always = {*self.partition.always}
-        active = always | {*self.partition.blocks[index]}
-        for name, parameter in self._candidates():
+        active, staying = set(self.active_names(blocks)), self._staying(blocks)
+        named = dict(self._candidates())
+        for name, parameter in named.items():
             parameter.requires_grad_(name in active)
             if name not in active:
                 parameter.grad = None
-            if name not in always and not self.keep_state:
-                self.optimizer.state.pop(parameter, None)
-        self.index = index
+            if name not in staying:
+                self._leave(name, parameter)
+        for name in active:
+            self._enter(name, named)
+        self.active = blocks
+
+    def state_dict(self) -> dict[str, Any]:
+        """State that was moved away, as a store's ``state_dict()``; empty where the optimizer holds all state."""
+        return self.store.state_dict() if self.store is not None and self.store.names() else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take ``state_dict()`` back; to be followed by the optimizer's own load, then by ``settle``."""
+        if state:
+            (self._brought if self.store is None else self.store).load_state_dict(state)
+
+    def settle(self) -> None:
+        """Put the state of blocks that rest where the policy wants it, after a load from a run on another device."""
+        if self.active is None:
+            return
+        active = self.active_names(self.active)
+        for name, parameter in self._candidates():
+            brought = self._brought.take(name)
+            if brought is not None:
+                self.optimizer.state[parameter] = placed(brought, parameter, self._group(parameter))
+            if name not in active and self.store is not None:
+                self._leave(name, parameter)
+        self._brought.close()
 
     def release(self) -> None:
-        """Make every candidate trainable again."""
+        """Make every candidate trainable again and let go of state that was moved away."""
         for _, parameter in self._candidates():
             parameter.requires_grad_(True)
-        self.index = None
+        self.active = None
+        if self.store is not None:
+            self.store.close()
 
-    def active_names(self, index: int) -> list[str]:
-        """Parameters that train while block ``index`` is active."""
-        return [*self.partition.always, *self.partition.blocks[index]]
+    def active_names(self, blocks: tuple[int, ...]) -> list[str]:
+        """Parameters that train while these blocks are active."""
+        return [*self.partition.always, *(name for index in blocks for name in self.partition.blocks[index])]
+
+    def _staying(self, blocks: tuple[int, ...]) -> set[str]:
+        """Parameters that are active before and after a switch to ``blocks``."""
+        both = tuple(index for index in blocks if index in (self.active or ()))
+        return set(self.active_names(both))
+
+    def _leave(self, name: str, parameter: nn.Parameter) -> None:
+        if self.policy == "reset":
+            self.optimizer.state.pop(parameter, None)
+        elif self.store is not None and parameter in self.optimizer.state:
+            self.store.put(name, self.optimizer.state.pop(parameter))
+
+    def _enter(self, name: str, named: Mapping[str, nn.Parameter]) -> None:
+        state = None if self.store is None else self.store.take(name)
+        if state is not None:
+            parameter = named[name]
+            self.optimizer.state[parameter] = placed(state, parameter, self._group(parameter))
+
+    def _group(self, parameter: nn.Parameter) -> dict[str, Any]:
+        groups = self.optimizer.param_groups
+        return next(group for group in groups if any(each is parameter for each in group["params"]))
 
     def _candidates(self) -> Iterator[tuple[str, nn.Parameter]]:
         names = {*self.partition.always, *self.partition.frozen}.union(*self.partition.blocks)

@@ -27,6 +27,7 @@ from hf_eff.engines.matrices import (
     text_config,
 )
 from hf_eff.engines.module_tree import encoder_blocks, find_blocks, input_embedding, output_head
+from hf_eff.engines.tensor_facts import with_details
 from hf_eff.errors import DataError, OptionError
 from hf_eff.hardware.memory_meter import storage_bytes, weight_tensors
 
@@ -54,7 +55,7 @@ def model_facts(model: nn.Module) -> ModelFacts:
     config, embedding, sizes = text_config(model), input_embedding(model), logical_sizes(model)
     blocks = [block for _, block in find_blocks(model)]
     tables = _tables_outside(model, blocks)
-    return ModelFacts(
+    facts = ModelFacts(
         architecture=backbone_name(model),
         params=sum(sizes.values()),
         blocks=_blocks_facts(model, blocks, sizes),
@@ -74,6 +75,7 @@ def model_facts(model: nn.Module) -> ModelFacts:
         dropout=_dropout(model, config),
         exact_flops=_is_exact(model, config),
     )
+    return with_details(facts, model)
 
 
 def model_facts_from_config(config: Any, *, dtype: torch.dtype | None = None) -> ModelFacts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,8 +30,22 @@ def weight_tensors(model: nn.Module) -> list[torch.Tensor]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Every tensor in an optimizer's ``state``."""
-    return _tensors_in(dict(optimizer.state))
+    """Every tensor that an optimizer holds, beside parameters and gradients.
+
+    ``state``, with the projections and quantisation constants in it, and whatever else it keeps state in: attributes,
+    or one optimizer a parameter, as layer-wise optimizers do.
+    """
+    return _held_by(optimizer, set())
+
+
+def _held_by(optimizer: torch.optim.Optimizer, seen: set[int]) -> list[torch.Tensor]:
+    seen.add(id(optimizer))
+    groups = optimizer.param_groups
+    held = {name: value for name, value in vars(optimizer).items() if name not in ("param_groups", "defaults", "model")}
+    inside = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+    found = [*_tensors_in(held, seen), *_tensors_in(inside, seen)]
+    parameters = {id(each) for group in groups for each in group["params"]}
+    return [each for each in found if id(each) not in parameters and not isinstance(each, nn.Parameter)]
 
 
 class MemoryMeter:
@@ -169,23 +183,31 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _dense_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Tensors that hold a sparse gradient; a dense tensor is its own part."""
+    """Tensors that hold a sparse gradient or a quantised state; a dense tensor is its own part."""
+    if not hasattr(tensor, "to_local") and hasattr(tensor, "__tensor_flatten__"):
+        return [part for name in tensor.__tensor_flatten__()[0] for part in _dense_parts(getattr(tensor, name))]
     if tensor.layout == torch.sparse_coo:
         return [tensor.coalesce().indices(), tensor.coalesce().values()]
     return [tensor]
 
 
-def _tensors_in(value: Any) -> list[torch.Tensor]:
-    """Tensors in nested dicts and lists, and in bitsandbytes' quantisation state."""
+def _tensors_in(value: Any, seen: set[int] | None = None) -> list[torch.Tensor]:
+    """Tensors in nested dicts and lists, in other optimizers, and in plain objects such as quantisation constants."""
+    seen = set() if seen is None else seen
+    if id(value) in seen or isinstance(value, nn.Module):
+        return []
     if isinstance(value, torch.Tensor):
         return [value]
-    if type(value).__name__ == "QuantState":
-        value = vars(value)
-    if isinstance(value, dict):
+    if isinstance(value, torch.optim.Optimizer):
+        return _held_by(value, seen)
+    if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
-        return [tensor for each in value for tensor in _tensors_in(each)]
-    return []
+        return [tensor for each in value for tensor in _tensors_in(each, seen)]
+    if type(value).__module__.partition(".")[0] in ("torch", "builtins") or callable(value):
+        return []
+    seen.add(id(value))  # objects may refer back to those that hold them
+    return _tensors_in(getattr(value, "__dict__", {}), seen)
 
 
 def _touch(parameter: torch.Tensor) -> None:

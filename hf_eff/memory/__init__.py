@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 _ORDER = SLOTS["memory"]
 
 
+def _place(chosen: Chosen) -> int:
+    return _ORDER.index(chosen.spec.slot)
+
+
 class MemoryStack(MemoryMethod):
     """Several methods as one: each hook reaches every part, outermost slot first.
 
@@ -28,9 +32,26 @@ class MemoryStack(MemoryMethod):
     """
 
     def __init__(self, chosen: Sequence[Chosen]) -> None:
-        ordered = sorted(chosen, key=lambda part: _ORDER.index(part.spec.slot))
-        self.names = [part.spec.name for part in ordered]
-        self.parts: list[MemoryMethod] = [part.build() for part in ordered]
+        self._chosen = sorted(chosen, key=_place)
+        self.parts: list[MemoryMethod] = [part.build() for part in self._chosen]
+        self.added: list[MemoryMethod] = []
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the methods, outermost first."""
+        return [part.spec.name for part in self._chosen]
+
+    def add(self, chosen: Chosen) -> MemoryMethod:
+        """Put one more method in its place, in the middle of a run. Its hooks are the caller's to open.
+
+        Returns:
+            The method; ``added`` lists all such methods in the order they came.
+        """
+        self._chosen = sorted([*self._chosen, chosen], key=_place)
+        method: MemoryMethod = chosen.build()
+        self.parts.insert(self._chosen.index(chosen), method)
+        self.added.append(method)
+        return method
 
     @property
     def changes_model(self) -> bool:

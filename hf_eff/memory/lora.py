@@ -13,6 +13,8 @@ Cost      P parameters, A adapter parameters, w bytes per frozen weight
     optimizer    8 A bytes (AdamW)
     activations  about nine tenths of full fine-tuning's: a gradient still passes through every layer,
                  and each adapter saves its input. Dropout above 0 saves more than full fine-tuning.
+                 variant="lora_fa" freezes A, so that adapters save r numbers a token instead of their
+                 input; variant="velora" saves each input as one number per group of its entries.
     step         forward, input gradients, and weight gradients of the adapters: about 4 P per token
 
 Use when   many cheap variants of one model are wanted, or the base is quantised.
@@ -21,6 +23,9 @@ Differs    from the paper: adapts every linear layer but the output head, not on
            a generator seeded by the run, and the global one stays as found.
 
 Paper      LoRA: Low-Rank Adaptation of Large Language Models (2021), arXiv:2106.09685
+           LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning (2023),
+           arXiv:2308.03303; VeLoRA: Memory Efficient Training using Rank-1 Sub-Token Projections (2024),
+           arXiv:2405.17991
            rsLoRA, scale alpha / sqrt(r): A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA
            (2023), arXiv:2312.03732
 Code       huggingface/peft, Apache-2.0, called as a library
@@ -31,12 +36,13 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from hf_eff.contracts.cost import BlockFacts, Cost, Facts, ModelFacts, TrainableFacts
+from hf_eff.contracts.cost import Cost, Facts, KeptInputs, TrainableFacts
 from hf_eff.contracts.memory import MemoryMethod
 from hf_eff.contracts.spec import MethodConfig, MethodSpec, Paper, Traits, knob
-from hf_eff.errors import OptionError, OutsideIntendedUseWarning, PlanError
+from hf_eff.errors import MissingDependencyError, OptionError, OutsideIntendedUseWarning, PlanError
+from hf_eff.numerics.adapter_shapes import Adapters
 from hf_eff.numerics.memory_terms import training_bytes
 from hf_eff.numerics.planned_step import planned_step_flops
 
@@ -67,6 +73,13 @@ class LoraConfig(MethodConfig):
     top_layers: int | None = knob(None, "Adapt the last layers only, this many; saves activations below.", low=1)
     modules_to_save: tuple[str, ...] = knob((), "Modules trained in full beside the adapters, such as a new head.")
     rslora: bool = knob(False, "Scale by alpha / sqrt(r) instead.")
+    variant: Literal["lora", "lora_fa", "velora"] = knob(
+        "lora",
+        "What saves activations: 'lora_fa' freezes A; 'velora' keeps A's input compressed, so that A's gradient is "
+        "approximate.",
+        choices=("lora", "lora_fa", "velora"),
+    )
+    velora_groups: int = knob(64, "Numbers that stand for one token's input of a matrix in 'velora'.", low=1)
 
     def __post_init__(self) -> None:
         """Check what bounds cannot say.
@@ -80,11 +93,22 @@ class LoraConfig(MethodConfig):
             object.__setattr__(self, "target_modules", names)
         if self.top_layers is not None and isinstance(self.target_modules, str) and not self.all_linear:
             raise OptionError(f"{self._address('top_layers')} needs target_modules='all-linear' or a list of names.")
+        if self.dropout > 0 and self.variant != "lora":
+            raise OptionError(
+                f"{self._address('dropout')}={self.dropout:g} keeps a mask per adapted matrix, which is as much as "
+                f"variant={self.variant!r} saves; set dropout=0 or variant='lora'."
+            )
 
     @property
     def all_linear(self) -> bool:
         """Whether every linear layer but the output head is adapted."""
         return self.target_modules == "all-linear"
+
+    @property
+    def adapters(self) -> Adapters:
+        """Where the adapters are and how large, for predictions."""
+        modules = len(self.target_modules) if isinstance(self.target_modules, tuple) else None
+        return Adapters(self.r, modules, self.top_layers, self.variant, self.velora_groups, self.dropout > 0)
 
 
 class Lora(MemoryMethod):
@@ -130,13 +154,33 @@ class Lora(MemoryMethod):
             use_rslora=self.config.rslora,
             task_type=_task(model),
             fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
+            **_variant_options(self.config),
         )
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # PEFT's initialisation takes no generator; it runs on the CPU
             try:
-                return get_peft_model(model, options)
+                wrapped: nn.Module = get_peft_model(model, options)
             except ValueError as error:
                 raise PlanError(f"memory='lora' could not adapt {type(model).__name__}: {error}") from error
+        if self.config.variant == "lora_fa":
+            for name, parameter in wrapped.named_parameters():
+                if ".lora_A." in name or ".lora_embedding_A." in name:
+                    parameter.requires_grad_(False)
+        return wrapped
+
+
+def _variant_options(config: LoraConfig) -> dict[str, Any]:
+    if config.variant != "velora":
+        return {}
+    import peft
+
+    if not hasattr(peft, "VeloraConfig"):
+        raise MissingDependencyError(
+            f"memory='lora' with variant='velora' needs peft 0.21 and {peft.__version__} is installed; upgrade peft, "
+            "or use variant='lora_fa'."
+        )
+    # The projection follows each batch, so that a resumed run needs none of the first batch's.
+    return {"velora_config": peft.VeloraConfig(num_groups=config.velora_groups, init_type="batch_average")}
 
 
 def _task(model: nn.Module) -> str | None:
@@ -164,7 +208,9 @@ def _targets(model: nn.Module, config: LoraConfig) -> Any:
 def adapt(config: LoraConfig, facts: Facts) -> Facts:
     """Facts of the model once it is wrapped."""
     model = facts.model
-    sizes = _adapter_sizes(config, model)
+    adapters = config.adapters
+    sizes = adapters.sizes(model)
+    trained = adapters.sizes(model, only_second=True) if config.variant == "lora_fa" else sizes
     lowest = next((index for index, size in enumerate(sizes) if size), len(sizes))
     blocks = tuple(
         dataclasses.replace(block, params=block.params + size, matmul_params=block.matmul_params + size)
@@ -177,53 +223,24 @@ def adapt(config: LoraConfig, facts: Facts) -> Facts:
         blocks=blocks,
         weight_bytes=model.weight_bytes + 4 * total,
         param_bytes=4.0,  # PEFT keeps adapters in fp32 on 16-bit and 4-bit bases
-        trainable=TrainableFacts(params=total, lowest_block=lowest, block_matmul_params=tuple(sizes)),
+        trainable=TrainableFacts(
+            params=sum(trained),
+            lowest_block=lowest,
+            block_matmul_params=tuple(trained),
+            kept_inputs=tuple(
+                adapters.kept_inputs(model, block, size) if size else KeptInputs()
+                for block, size in zip(model.blocks, sizes, strict=True)
+            ),
+        ),
         is_peft=True,
     )
     return facts.replace(model=adapted)
 
 
-def _adapter_sizes(config: LoraConfig, model: ModelFacts) -> list[int]:
-    """Adapter parameters per block. Close, not exact: facts know a block's entries, not each matrix."""
-    left_out = 0 if config.top_layers is None else len(model.blocks) - config.top_layers
-    return [
-        0 if index < left_out else config.r * _widths(config, model, block) for index, block in enumerate(model.blocks)
-    ]
-
-
-def _widths(config: LoraConfig, model: ModelFacts, block: BlockFacts) -> int:
-    """Sum of m + n over the adapted matrices of a block; one side of each is the hidden size h."""
-    hidden = max(1, model.hidden_size)
-    if isinstance(config.target_modules, tuple):
-        return 2 * hidden * len(config.target_modules)
-    other_sides = (block.matmul_params + block.cross_matmul_params) // hidden
-    return _num_matrices(model, block) * hidden + other_sides
-
-
-def _num_matrices(model: ModelFacts, block: BlockFacts) -> int:
-    """Four attention projections, four of cross-attention, and two matrices after it or three when gated."""
-    without_gated = block.matmul_params - 3 * model.hidden_size * model.intermediate_size
-    gated = without_gated >= 2 * model.hidden_size * block.attention_width
-    return 4 + (4 if block.cross_width else 0) + (3 if gated else 2)
-
-
 def cost(config: LoraConfig, facts: Facts) -> Cost:
     """Bytes and FLOPs of training the adapters on a frozen base."""
     adapted = adapt(config, facts)
-    terms = training_bytes(adapted)
-    if config.dropout > 0:
-        terms = {**terms, "activations": terms["activations"] + _dropout_bytes(config, facts)}
-    return Cost(step_flops=planned_step_flops(adapted), bytes=terms)
-
-
-def _dropout_bytes(config: LoraConfig, facts: Facts) -> float:
-    """Mask and scaled input per adapted matrix, less the three inputs that are then no longer kept."""
-    model, run = facts.model, facts.run
-    layers = len(model.blocks) if config.top_layers is None else min(config.top_layers, len(model.blocks))
-    matrices = max((_num_matrices(model, block) for block in model.blocks), default=0)
-    width = 2 * (matrices - 2) * model.hidden_size + model.intermediate_size
-    tokens = run.batch_size * (run.length or facts.pool.mean_tokens)
-    return float(layers * tokens * width * run.compute_bytes)
+    return Cost(step_flops=planned_step_flops(adapted), bytes=training_bytes(adapted))
 
 
 SPEC = MethodSpec(

@@ -1,53 +1,57 @@
 """Peak bytes of training in closed form, per term: weights, gradients, optimizer state, activations, the rest.
 
-Activations are what autograd keeps of a pre-norm block with fused attention, per token, for hidden size h and inner
-widths w (the other sides of the block's matrices added up: queries, keys, values, output, feed-forward of width i):
-
-    frozen, passed by a gradient    2 h + w          norm inputs; attention's inputs and output; feed-forward products
-    with adapters                   4 h + w + i      and the inputs of the adapted matrices
-    trained                         6 h + w + i      and the normalised states that the norms' weights need
-
-to which an ungated feed-forward adds nothing and from which it takes i. Blocks below the lowest trained one keep
-nothing. The loss keeps one value per vocabulary entry and token in four bytes. Norm inputs are kept in four bytes too,
-whatever type the rest is computed in. Autocast over fp32 weights also keeps a 16-bit copy of every matrix that a
-gradient passes, and one of its input for each matrix that reads it.
+The rest is what exists for a moment or for the machinery: logits and their gradient, one block at work (computed again
+where it is checkpointed), a copy of the largest weight gradient, what the optimizer's step multiplies out, the buckets
+of DDP, the blocks that FSDP gathers. It is what the peak has beyond the four others, so moments that cannot meet are
+not added up. The five together are the peak on one device; ``host_bytes`` waits in the host's memory beside it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from hf_eff.contracts.cost import MEMORY_TERMS, BlockFacts, Facts, ModelFacts, RunFacts, TrainableFacts
+from hf_eff.contracts.cost import MEMORY_TERMS, Facts, TrainableFacts
+from hf_eff.numerics.activation_bytes import (
+    FLOAT_BYTES,
+    KeptBytes,
+    Precision,
+    activation_bytes,
+    block_bytes_per_token,
+    kept_bytes,
+    outputs_per_token,
+    tokens_at_once,
+)
 from hf_eff.numerics.flops import everything_trains
+from hf_eff.numerics.optimizer_bytes import (
+    StateBytes,
+    largest_tensor,
+    optimizer_state_bytes,
+    step_bytes,
+    updates_in_backward,
+)
 
-BlockForm = Literal["frozen", "adapters", "trained"]
-_FLOAT_BYTES = 4.0
+__all__ = [
+    "Forecast",
+    "activation_bytes",
+    "block_bytes_per_token",
+    "forecast",
+    "host_bytes",
+    "largest_gradient_params",
+    "training_bytes",
+]
 
 
 @dataclass(frozen=True)
-class Precision:
-    """How a forward pass stores what it computes.
+class Forecast:
+    """Predicted memory of a step on one device.
 
     Attributes:
-        compute_bytes: Bytes per activation element.
-        casts_weights: Whether weights are kept in four bytes and cast for each matrix product (autocast).
-        adapter_bytes: Bytes per element of the copy of its input that each adapter takes because it has another type
-            than its 16-bit base; 0 when it reads the base's own.
+        terms: Peak bytes of each term, keys of ``MEMORY_TERMS``; together an upper estimate of the peak.
+        peak: Bytes at the step's highest moment, which is below the sum where terms peak at different moments.
     """
 
-    compute_bytes: float = 4.0
-    casts_weights: bool = False
-    adapter_bytes: float = 0.0
-
-    @classmethod
-    def of(cls, model: ModelFacts, run: RunFacts) -> Precision:
-        """Precision of a run. Sixteen-bit weights give sixteen-bit activations, with or without autocast."""
-        autocast = run.compute_bytes < _FLOAT_BYTES
-        if model.is_quantized or not model.weight_bytes or model.weight_bytes >= 3 * model.params:
-            return cls(run.compute_bytes, casts_weights=autocast and not model.is_quantized)
-        mixed = model.is_peft and model.param_bytes >= _FLOAT_BYTES
-        return cls(2.0, adapter_bytes=(2.0 if autocast else _FLOAT_BYTES) if mixed else 0.0)
+    terms: dict[str, float]
+    peak: float
 
 
 def training_bytes(
@@ -56,162 +60,206 @@ def training_bytes(
     *,
     gradient_params: float | None = None,
     optimizer_params: float | None = None,
+    optimizer_bytes: float | None = None,
+    master_weights: bool = False,
     saves_activations: bool = True,
     transient_bytes: float = 0.0,
 ) -> dict[str, float]:
-    """Predicted peak bytes per memory term.
+    """Predicted peak bytes per memory term on one device: the terms of ``forecast``, which see."""
+    return forecast(
+        facts,
+        trainable,
+        gradient_params=gradient_params,
+        optimizer_params=optimizer_params,
+        optimizer_bytes=optimizer_bytes,
+        master_weights=master_weights,
+        saves_activations=saves_activations,
+        transient_bytes=transient_bytes,
+    ).terms
+
+
+def forecast(
+    facts: Facts,
+    trainable: TrainableFacts | None = None,
+    *,
+    gradient_params: float | None = None,
+    optimizer_params: float | None = None,
+    optimizer_bytes: float | None = None,
+    master_weights: bool = False,
+    saves_activations: bool = True,
+    transient_bytes: float = 0.0,
+) -> Forecast:
+    """Predicted bytes per memory term, and at the highest moment, on one device.
 
     Args:
-        facts: Model, run and pool. Tokens are ``run.batch_size`` rows of ``run.length``, or of the pool's longest row
-            where no length is set.
+        facts: Model, run, hardware and pool. Tokens are ``run.batch_size`` rows of ``run.length``, or of the pool's
+            longest row where no length is set.
         trainable: What receives updates; None for ``facts.model.trainable``, else everything.
-        gradient_params: Parameters whose gradients exist at one time; None for all trainable ones.
+        gradient_params: Parameters whose gradients exist at one time; None for all trainable ones, or the largest
+            where ``run.optim`` updates during the backward.
         optimizer_params: Parameters with optimizer state; None for all trainable ones.
+        optimizer_bytes: Bytes of optimizer state in all; None for what ``run`` says of each parameter.
+        master_weights: Whether the optimizer works on four-byte copies of 16-bit weights; they are in its term.
         saves_activations: False for methods that only run forward.
         transient_bytes: What the method itself holds for a moment, such as a random direction.
 
     Returns:
-        Bytes by term, keys of ``MEMORY_TERMS``. ``rest`` holds copies of the logits and their gradient, one
-        block's activations with their gradients, and one copy of the largest weight gradient. Memory that an
-        allocator keeps without using it is not in it.
+        The terms and the peak. Memory that an allocator keeps without using it is not in them.
+    """
+    part = trainable or facts.model.trainable or everything_trains(facts.model)
+    backward = saves_activations and part.params > 0
+    shards = _shards(facts)
+    weights = (facts.model.weight_bytes or facts.model.params * facts.model.param_bytes) / shards
+    gradients = _gradient_params(facts, part, gradient_params) * facts.model.param_bytes / shards
+    if optimizer_bytes is None:
+        optimizer_bytes = _state_bytes(facts, part, optimizer_params, master_weights=master_weights).device
+    kept = kept_bytes(facts, part) if backward else KeptBytes()
+    if _offloads(facts):
+        kept = KeptBytes(head=kept.head)
+    activations = kept.layers + kept.head
+    moment = max(_moments(facts, part, kept, gradients)) if backward else _forward_bytes(facts)
+    beside = _sharing_bytes(facts, part, backward=backward) + transient_bytes
+    states = optimizer_bytes / shards
+    rest = max(0.0, moment - gradients - activations) + beside
+    amounts = map(float, (weights, gradients, states, activations, rest))
+    return Forecast(dict(zip(MEMORY_TERMS, amounts, strict=True)), float(weights + states + moment + beside))
+
+
+def host_bytes(
+    facts: Facts,
+    trainable: TrainableFacts | None = None,
+    *,
+    optimizer_params: float | None = None,
+    saves_activations: bool = True,
+) -> float:
+    """Bytes that wait in host memory instead of the accelerator's: offloaded activations, paged optimizer state.
+
+    Args:
+        facts: As for ``training_bytes``; on device ``"cpu"`` nothing waits elsewhere.
+        trainable: What receives updates; None for ``facts.model.trainable``, else everything.
+        optimizer_params: Parameters with optimizer state; None for all trainable ones.
+        saves_activations: False for methods that only run forward.
+    """
+    part = trainable or facts.model.trainable or everything_trains(facts.model)
+    waits = _offloads(facts) and saves_activations and part.params > 0
+    paged = _state_bytes(facts, part, optimizer_params).host / _shards(facts)
+    return paged + (kept_bytes(facts, part).layers if waits else 0.0)
+
+
+def largest_gradient_params(facts: Facts, trainable: TrainableFacts | None = None) -> float:
+    """Entries of the largest gradient, all that a method holds which applies each as it comes.
+
+    Args:
+        facts: The model is looked at.
+        trainable: What receives updates; None for ``facts.model.trainable``, else everything.
+    """
+    model = facts.model
+    part = trainable or model.trainable or everything_trains(model)
+    if part.tensors or (model.trainable is not None and model.trainable.tensors):
+        return largest_tensor(model, part)
+    if part.head_matmul_params or part.lowest_block < 0:
+        return float(min(part.params, max(model.embedding_params, part.head_matmul_params)))
+    return float(min(model.hidden_size * max(model.intermediate_size, model.hidden_size), part.params))
+
+
+def _gradient_params(facts: Facts, part: TrainableFacts, given: float | None) -> float:
+    if given is not None:
+        return given
+    return largest_gradient_params(facts, part) if updates_in_backward(facts.run.optim) else part.params
+
+
+def _state_bytes(
+    facts: Facts, part: TrainableFacts, params: float | None, *, master_weights: bool = False
+) -> StateBytes:
+    run, counted = facts.run, part.params if params is None else params
+    copies = FLOAT_BYTES * counted if master_weights and facts.model.param_bytes < FLOAT_BYTES else 0.0
+    if run.optimizer_bytes is not None:
+        return StateBytes(run.optimizer_bytes * counted + copies)
+    whole = optimizer_state_bytes(
+        run.optim,
+        facts.model,
+        part,
+        optim_args=run.optim_args,
+        target_modules=run.optim_target_modules,
+        device=facts.hardware.device,
+        in_float32=master_weights,
+    )
+    whole = whole.scaled(counted / part.params if part.params else 0.0)
+    return StateBytes(whole.device + copies, whole.host)
+
+
+def _offloads(facts: Facts) -> bool:
+    return facts.run.offload and facts.hardware.device != "cpu"
+
+
+# -- the rest -------------------------------------------------------------------------------------------------------
+
+
+def _moments(facts: Facts, part: TrainableFacts, kept: KeptBytes, gradients: float) -> list[float]:
+    """Bytes beside weights and optimizer state at the moments of a step when they may peak.
+
+    They are the loss, the first block of the backward, its last, and the optimizer's step.
     """
     model, run = facts.model, facts.run
-    part = trainable or model.trainable or everything_trains(model)
-    backward = saves_activations and part.params > 0
-    gradients = part.params if gradient_params is None else gradient_params
-    states = part.params if optimizer_params is None else optimizer_params
-    working = _tokens(facts) * _working_bytes(model, Precision.of(model, run), backward=backward)
-    largest = _largest_matrix(model, part) * model.param_bytes if gradients else 0.0
-    amounts = (
-        model.weight_bytes or model.params * model.param_bytes,
-        gradients * model.param_bytes,
-        states * run.optimizer_bytes,
-        activation_bytes(facts, part) if backward else 0.0,
-        working + largest + transient_bytes,
-    )
-    return dict(zip(MEMORY_TERMS, map(float, amounts), strict=True))
+    precision = Precision.of(model, run, facts.hardware.device)
+    earlier = gradients if run.accumulation * run.row_chunks > 1 else 0.0  # of the micro-batches before
+    head = max(earlier, min(gradients, part.head_matmul_params * model.param_bytes))
+    largest = min(gradients, largest_gradient_params(facts, part) * model.param_bytes)
+    block = (2.0 if run.checkpointing else 1.0) * _block_work(facts, precision)
+    return [
+        kept.layers + kept.head + _loss_work(facts, precision, backward=True) + earlier,
+        kept.layers + head + block,
+        gradients + largest + block,
+        gradients + step_bytes(run.optim, model, part, facts.hardware.device),
+    ]
 
 
-def activation_bytes(facts: Facts, trainable: TrainableFacts) -> float:
-    """What autograd keeps between forward and backward, activation checkpointing included.
-
-    Args:
-        facts: Model, run and pool.
-        trainable: What receives updates.
-    """
-    model, precision = facts.model, Precision.of(facts.model, facts.run)
-    per_token = _loss_bytes(model) + _last_norm_bytes(model, precision, trainable)
-    cast_entries = model.head_matmul_params
-    for index, block in enumerate(model.blocks):
-        if index < trainable.lowest_block:
-            continue
-        if facts.run.checkpointing:
-            per_token += model.hidden_size * (_FLOAT_BYTES if precision.casts_weights else precision.compute_bytes)
-        else:
-            form, trained = block_form(model, trainable, index), trainable.block_matmul_params[index]
-            per_token += block_bytes_per_token(model, block, form, precision, trained)
-            cast_entries += block.matmul_params + block.cross_matmul_params
-    copies = cast_entries * precision.compute_bytes if precision.casts_weights else 0.0
-    return _tokens(facts) * per_token + copies
+def _forward_bytes(facts: Facts) -> float:
+    precision = Precision.of(facts.model, facts.run, facts.hardware.device)
+    return max(_loss_work(facts, precision, backward=False), _block_work(facts, precision))
 
 
-def block_form(model: ModelFacts, trainable: TrainableFacts, index: int) -> BlockForm:
-    """Which of the three forms a block's activations take."""
-    entries = trainable.block_matmul_params[index]
-    if not entries:
-        return "frozen"
-    block = model.blocks[index]
-    whole = entries >= block.matmul_params + block.cross_matmul_params
-    return "adapters" if model.is_peft and not whole else "trained"
+def _loss_work(facts: Facts, precision: Precision, *, backward: bool) -> float:
+    """Logits in both types; in a backward their gradients instead, and what they are cast to."""
+    tokens, size = tokens_at_once(facts), precision.compute_bytes
+    if facts.run.loss_tokens:
+        tokens = min(tokens, float(facts.run.loss_tokens))
+    cast = size if backward and size < FLOAT_BYTES else 0.0
+    kept = FLOAT_BYTES if backward and facts.run.loss_tokens else 0.0  # else among the activations
+    return tokens * outputs_per_token(facts.model) * (size + FLOAT_BYTES + cast + kept)
 
 
-def block_bytes_per_token(
-    model: ModelFacts,
-    block: BlockFacts,
-    form: BlockForm,
-    precision: Precision = Precision(),
-    adapter_params: int = 0,
-) -> float:
-    """Bytes that autograd keeps of one block for each token.
-
-    Args:
-        model: Shapes of the model.
-        block: The block.
-        form: What of it trains.
-        precision: How activations are stored.
-        adapter_params: Entries of the adapters among the block's matrices.
-
-    >>> block = BlockFacts(params=3540096, matmul_params=3538944, attention_width=576)
-    >>> smollm = ModelFacts(
-    ...     architecture="LlamaForCausalLM",
-    ...     params=134515008,
-    ...     blocks=(block,) * 30,
-    ...     head_matmul_params=28311552,
-    ...     embedding_params=28311552,
-    ...     hidden_size=576,
-    ...     vocab_size=49152,
-    ...     intermediate_size=1536,
-    ... )
-    >>> [round(512 * block_bytes_per_token(smollm, block, form) / 2**20, 1) for form in ("trained", "frozen")]
-    [21.8, 14.2]
-    """
-    hidden, inner = model.hidden_size, model.intermediate_size
-    entries = block.matmul_params + block.cross_matmul_params - (adapter_params if form == "adapters" else 0)
-    gated, norms = _is_gated(model, block, entries), 3 if block.cross_width else 2
-    widths = entries / hidden if hidden else 0.0
-    floats = norms * hidden * _FLOAT_BYTES  # norm inputs
-    elements = widths if gated else widths - inner
-    readers = 5 if gated else 4  # matrices that read a normalised state: queries, keys, values, gate, input
-    if form != "frozen":
-        elements += inner + (norms + readers - 2 if precision.casts_weights else norms) * hidden
-    if form == "adapters":
-        matrices = readers + 2
-        elements += adapter_params * matrices / max(1.0, matrices * hidden + widths)  # the inner adapters' outputs
-        if precision.adapter_bytes:
-            elements -= inner + norms * hidden
-            floats += (readers * hidden + block.attention_width + inner) * precision.adapter_bytes
-    if form == "trained":
-        floats += norms * hidden * (_FLOAT_BYTES if precision.casts_weights else precision.compute_bytes)
-    if model.dropout > 0 and not model.is_peft:
-        elements += norms * hidden  # masks of the residual dropouts
-    return floats + elements * precision.compute_bytes
-
-
-def _is_gated(model: ModelFacts, block: BlockFacts, entries: float) -> bool:
-    """Whether the feed-forward has a gate: three matrices of h x i fit beside the attention's."""
-    attention = 2 * model.hidden_size * (block.attention_width + block.cross_width)
-    return entries - attention > 3 * model.hidden_size * model.intermediate_size
-
-
-def _tokens(facts: Facts) -> float:
-    return float(facts.run.batch_size * (facts.run.length or facts.pool.max_tokens))
-
-
-def _outputs(model: ModelFacts) -> float:
-    """Output values per token: the vocabulary for a language model, next to none for a classifier."""
-    return model.head_matmul_params / model.hidden_size if model.hidden_size else 0.0
-
-
-def _loss_bytes(model: ModelFacts) -> float:
-    return _outputs(model) * _FLOAT_BYTES
-
-
-def _last_norm_bytes(model: ModelFacts, precision: Precision, trainable: TrainableFacts) -> float:
-    """The norm before the head: its input, and where the head trains its two outputs."""
-    kept = model.hidden_size * _FLOAT_BYTES if trainable.lowest_block < len(model.blocks) else 0.0
-    return kept + (2 * model.hidden_size * precision.compute_bytes if trainable.head_matmul_params else 0.0)
-
-
-def _working_bytes(model: ModelFacts, precision: Precision, *, backward: bool) -> float:
-    """Bytes per token held for a moment: logits in both types, their gradient, and one block with its gradients."""
-    size = precision.compute_bytes
-    cast = size if backward and size < _FLOAT_BYTES else 0.0
+def _block_work(facts: Facts, precision: Precision) -> float:
+    """One block's states, or as many gradients of them."""
+    model = facts.model
     widest = max((block_bytes_per_token(model, each, "trained", precision) for each in model.blocks), default=0.0)
-    return _outputs(model) * (size + _FLOAT_BYTES + cast) + (2.0 if backward else 1.0) * widest
+    return tokens_at_once(facts) * widest
 
 
-def _largest_matrix(model: ModelFacts, trainable: TrainableFacts) -> float:
-    """Entries of the largest gradient: the vocabulary's where the embedding or the head trains."""
-    if trainable.head_matmul_params or trainable.lowest_block < 0:
-        return float(max(model.embedding_params, trainable.head_matmul_params))
-    return float(min(model.hidden_size * max(model.intermediate_size, model.hidden_size), trainable.params))
+def _shards(facts: Facts) -> int:
+    """Processes that weights, gradients and optimizer state are divided among."""
+    return max(1, facts.hardware.world_size) if facts.hardware.backend.startswith("fsdp") else 1
+
+
+def _sharing_bytes(facts: Facts, part: TrainableFacts, *, backward: bool) -> float:
+    """What several processes need beside the model: DDP's buckets, or the blocks that FSDP holds whole.
+
+    DDP copies every gradient into buckets made for all parameters that trained when the model was wrapped, so a method
+    that trains a few of them at a time pays for all. FSDP gathers a block while it fetches the next, keeps what lies
+    outside the blocks whole, and holds one block's gradients until they are divided.
+    """
+    model, hardware = facts.model, facts.hardware
+    if hardware.world_size <= 1:
+        return 0.0
+    if hardware.backend == "ddp":
+        wrapped = model.trainable or everything_trains(model)
+        return wrapped.params * model.param_bytes if backward or hardware.device != "cpu" else 0.0
+    if _shards(facts) == 1:
+        return 0.0
+    largest = max((block.params for block in model.blocks), default=0)
+    outside = model.params - sum(block.params for block in model.blocks)
+    per_entry = (
+        (model.weight_bytes / model.params if model.weight_bytes else model.param_bytes) if model.params else 0.0
+    )
+    gathered = (outside + min(2, len(model.blocks)) * largest) * per_entry
+    return gathered + (min(part.params, largest) * model.param_bytes if backward else 0.0)

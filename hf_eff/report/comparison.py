@@ -27,8 +27,9 @@ def build_report(
         plan: ``Plan.to_dict()``.
         ledger_state: ``spent`` (amount by currency, whole run) and ``by_purpose`` (purpose to amounts
             by currency). What was not metered is left out or None.
-        measured: ``bytes`` (peak by memory term), ``peak_bytes``, ``steps`` (optimizer steps done) and
-            ``stopped_by`` (a currency, ``"governor"`` or None). Each may be left out.
+        measured: ``bytes`` (peak by memory term), ``peak_bytes``, ``steps`` (optimizer steps done),
+            ``stopped_by`` (a currency, ``"governor"`` or None) and ``out_of_memory`` (one mapping for each time
+            that memory ran out). Each may be left out.
         selection: Facts about the choice of rows, for people; None without one.
         governor: Facts about the decisions taken; None without a governor.
         environment: Versions, device, ``command``, ``base_model``, ``datasets``.
@@ -51,6 +52,7 @@ def build_report(
         "purposes": _purposes(plan, purposes),
         "binding": _binding(currencies, predicted, measured),
         "steps": {"planned": predicted.get("steps"), "done": measured.get("steps")},
+        "out_of_memory": list(measured.get("out_of_memory", [])),
         "selection": selection,
         "governor": governor,
         "environment": environment or {},

@@ -30,6 +30,7 @@ def render_report(report: Mapping[str, Any]) -> str:
         costs_table(report),
         "## Memory at the peak",
         memory_table(report),
+        *_rescues(report),
         "## Where it went",
         purposes_table(report),
         *_facts("## Selection", report.get("selection")),
@@ -72,6 +73,13 @@ def memory_table(report: Mapping[str, Any]) -> str:
     """Predicted and measured bytes per memory term."""
     rows = [(term, *_pair("bytes", row)) for term, row in report["memory"].items()]
     return table(["Term", "Predicted", "Measured", "Measured / predicted"], rows)
+
+
+def _rescues(report: Mapping[str, Any]) -> list[str]:
+    """Where memory ran out and what was done about it; nothing when it did not."""
+    events = report.get("out_of_memory") or []
+    rows = [(event["step"], event["batch"], event["rung"], "yes" if event["exact"] else "no") for event in events]
+    return ["## Where memory ran out", table(["Step", "Batch", "Then", "Same result"], rows)] if rows else []
 
 
 def purposes_table(report: Mapping[str, Any]) -> str:

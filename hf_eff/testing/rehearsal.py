@@ -46,13 +46,10 @@ def loss_tokens(batches: Sequence[Batch]) -> int:
 
 
 def token_loss(model: nn.Module, inputs: Batch, num_items: int | None = None) -> torch.Tensor:
-    """Summed cross entropy over ``num_items`` (the batch's own tokens without one): scalar."""
-    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-    labels = inputs["labels"][:, 1:].reshape(-1)
-    total = nn.functional.cross_entropy(
-        logits[:, :-1].reshape(len(labels), -1).float(), labels, ignore_index=-100, reduction="sum"
-    )
-    return total / (num_items or loss_tokens([inputs]))
+    """The model's own loss, summed over tokens and divided by ``num_items`` (the batch's own without one): scalar."""
+    extra = {} if num_items is None else {"num_items_in_batch": num_items}
+    loss: torch.Tensor = model(**inputs, **extra).loss
+    return loss
 
 
 def _stock_step(model: nn.Module, inputs: Batch, num_items: int, **_changes: Any) -> torch.Tensor:

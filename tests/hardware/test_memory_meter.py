@@ -119,6 +119,30 @@ def test_optimizer_state_held_before_counts_as_held():
     assert meter.total_bytes() == pytest.approx(16 * MIB, abs=4 * MIB)
 
 
+class Projection:
+    def __init__(self, owner):
+        self.basis, self.owner = torch.zeros(7), owner
+
+
+class Layerwise(torch.optim.SGD):
+    """Keeps state where ``state`` does not show it."""
+
+    def __init__(self, model):
+        super().__init__(model.parameters(), lr=0.1)
+        self.model = model
+        self.inner = {each: torch.optim.Adagrad([each]) for each in model.parameters()}
+        self.rows = {"weight": torch.zeros(5)}
+        self.param_groups[0]["means"] = [torch.zeros(3)]
+        self.state[next(model.parameters())]["projection"] = Projection(self)
+
+
+def test_state_is_found_wherever_an_optimizer_keeps_it():
+    model = nn.Linear(4, 2, bias=False)
+    optimizer = Layerwise(model)
+    assert storage_bytes(optimizer_tensors(optimizer)) == 4 * (7 + 5 + 3 + 8 + 1)  # Adagrad's sum and its step
+    assert not any(isinstance(each, nn.Parameter) for each in optimizer_tensors(optimizer))
+
+
 def hold(mebibytes):
     held = torch.ones(mebibytes * MIB // 4)
     return held.sum().item()

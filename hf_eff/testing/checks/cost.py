@@ -30,7 +30,7 @@ def toy_facts(layers: int = 2) -> Facts:
             num_rows=100, mean_tokens=24.0, max_tokens=48, num_reference=8, mean_reference_tokens=20.0, columns=()
         ),
         hardware=HardwareFacts(total_bytes=2**33, free_bytes=2**32, cores=2),
-        run=RunFacts(batch_size=4, accumulation=2, max_steps=10, length=24),
+        run=RunFacts(batch_size=4, accumulation=2, max_steps=10, length=24, max_grad_norm=0.0),
     )
 
 

@@ -11,6 +11,7 @@ import torch
 
 from hf_eff.contracts.spec import MethodSpec
 from hf_eff.errors import BudgetExceededError
+from hf_eff.hardware.probe import device_name
 from hf_eff.testing.check import Check, CheckFailedError, expect
 from hf_eff.testing.rehearsal import Rehearsal, differing, toy_batches
 from hf_eff.testing.selection_scene import make_context, pick
@@ -147,12 +148,16 @@ def _scores_with_model(spec: MethodSpec) -> bool:
     return spec.traits.needs_model
 
 
+def _trains_here(spec: MethodSpec) -> bool:
+    return not spec.traits.needs_accelerator or device_name() != "cpu"
+
+
 CHECKS = (
     Check(check_repeatable),
     Check(check_seed),
     Check(check_resume_steps, kinds=("memory",)),
     Check(check_state_is_json, kinds=("memory", "governor")),
     Check(check_resume_tape, kinds=("governor",)),
-    Check(check_resume_training),
+    Check(check_resume_training, when=_trains_here),
     Check(check_resume_selection, kinds=("selection",), when=_scores_with_model),
 )
