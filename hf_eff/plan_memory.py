@@ -8,8 +8,9 @@ from typing import Any
 
 from hf_eff.contracts.cost import Cost, Facts
 from hf_eff.contracts.spec import SLOTS
-from hf_eff.errors import PlanError
+from hf_eff.numerics.largest_fit import largest
 from hf_eff.numerics.optim_rules import updates_in_backward
+from hf_eff.numerics.planned_step import planned_recompute_flops
 from hf_eff.options import Chosen, ResolvedOptions, choose
 
 SHORTEST_SEGMENT = 128
@@ -37,14 +38,18 @@ def memory_cost(resolved: ResolvedOptions, facts: Facts) -> tuple[Facts, Cost]:
     """Adapt facts by every memory method but the last of the chain, which predicts on what it then sees.
 
     Returns:
-        The facts with every method applied, and the cost.
+        The facts with every method applied, and the cost, recomputation by checkpointing included.
     """
     chain = sorted(resolved.memory, key=lambda chosen: SLOTS["memory"].index(chosen.spec.slot))
     for chosen in chain[:-1]:
         facts = _adapted(chosen, facts)
     last = chain[-1]
     cost: Cost = last.spec.cost(last.config, facts)
-    return _adapted(last, facts), cost
+    adapted = _adapted(last, facts)
+    if adapted.run.checkpointing and all(chosen.spec.traits.needs_backward for chosen in chain):
+        again = planned_recompute_flops(adapted, cost)
+        cost = dataclasses.replace(cost, step_flops=cost.step_flops + again)
+    return adapted, cost
 
 
 def _adapted(chosen: Chosen, facts: Facts) -> Facts:
@@ -127,22 +132,8 @@ def tokens_that_fit(resolved: ResolvedOptions, facts: Facts, limit_bytes: float)
         limit_bytes: What the model, its training state and one part's activations may take together.
     """
 
-    def fits(tokens: int) -> bool:
+    def needed(tokens: int) -> float:
         run = dataclasses.replace(facts.run, batch_size=1, row_chunks=1, length=tokens)
-        try:
-            return _peak(resolved, facts.replace(run=run)) <= limit_bytes
-        except PlanError:
-            return False
+        return _peak(resolved, facts.replace(run=run))
 
-    if not fits(1):
-        return None
-    low, high = 1, 2
-    while fits(high) and high < _MOST_TOKENS:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-_MOST_TOKENS = 1 << 24
+    return largest(needed, limit_bytes) or None

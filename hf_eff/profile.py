@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,8 +14,9 @@ from hf_eff.contracts.cost import Facts, HardwareFacts, ModelFacts, PoolFacts, R
 from hf_eff.contracts.spec import MethodConfig, knob
 from hf_eff.errors import OptionError, PlanError
 from hf_eff.memory_advice import first_change
-from hf_eff.memory_forecast import MOST, Setup
+from hf_eff.memory_forecast import Setup
 from hf_eff.numerics.flops import everything_trains
+from hf_eff.numerics.largest_fit import MOST
 from hf_eff.numerics.optimizer_bytes import is_stateless
 from hf_eff.numerics.planned_step import planned_step_flops
 from hf_eff.profile_table import profile_lines
@@ -229,7 +229,7 @@ def _shapes(model_or_config: Any, dtype: str | None) -> tuple[ModelFacts, Any]:
     if not isinstance(model_or_config, nn.Module):
         wanted = None if dtype is None else getattr(torch, dtype)
         # transformers writes the type it builds with into the configuration: into a copy.
-        return model_facts_from_config(copy.deepcopy(model_or_config), dtype=wanted), model_or_config
+        return model_facts_from_config(model_or_config, dtype=wanted), model_or_config
     if dtype is not None:
         raise OptionError(f"dtype={dtype!r} is for configurations; a model has its own, change it with model.to(...).")
     return model_facts(model_or_config), getattr(model_or_config, "config", None)

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from hf_eff.contracts.cost import Facts, PoolFacts, RunFacts
 from hf_eff.engines.facts import model_facts_from_config
 from hf_eff.errors import PlanError
-from hf_eff.memory_forecast import Setup, largest
+from hf_eff.memory_forecast import Setup
 from hf_eff.numerics.flops import everything_trains, recompute_flops, training_flops
+from hf_eff.numerics.largest_fit import largest
 from hf_eff.numerics.planned_step import planned_shape
 from hf_eff.numerics.trainable_blocks import trainable_blocks
 from hf_eff.testing.tiny import tiny_config

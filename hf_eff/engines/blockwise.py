@@ -262,7 +262,7 @@ def _visits(
         return expected_draws(parts, schedule.num_active)
     # The seed of a random order is not among the facts: the mean over a cycle is its expectation.
     is_cut = 0 < max_steps < schedule.cycle_steps and schedule.mode not in ("random", "shuffled")
-    steps = range(max_steps if is_cut else schedule.cycle_steps)
+    steps = range(max_steps) if is_cut else range(0, schedule.cycle_steps, schedule.switch_every)
     counts = Counter(index for step in steps for index in schedule.active_at(step))
     return [(count, parts[index]) for index, count in counts.items()]
 

@@ -5,6 +5,7 @@ What comes out is plain numbers, so that plans and cost functions need no torch.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Mapping
@@ -91,6 +92,7 @@ def model_facts_from_config(config: Any, *, dtype: torch.dtype | None = None) ->
     """
     import transformers
 
+    config = copy.deepcopy(config)  # transformers notes the type of the weights in it
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     # The generator stays as found: initialisers may draw from it even where there is nothing to fill.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):

@@ -58,5 +58,5 @@ SPEC = MethodSpec(
     config=AllConfig,
     build=All,
     cost=cost,
-    traits=Traits(baseline=True, streaming=True),
+    traits=Traits(baseline=True, fsdp2=True, streaming=True),
 )
