@@ -67,12 +67,14 @@ def rows():
     return tokenised(tiny_pool(8))
 
 
-def build(folder, name, kind=BudgetedTrainer, dtype=torch.float32, **changes):
+def build(folder, name, kind=BudgetedTrainer, dtype=torch.float32, dropout=0.1, **changes):
     options = {"optim": name, "max_grad_norm": 0.0, "warmup_steps": 1, "learning_rate": 1e-2, "max_steps": END}
     if name.startswith(("galore", "apollo")):  # the projection changes between the checkpoint and the end
         options |= {"optim_target_modules": "all-linear", "optim_args": "rank=4,update_proj_gap=3"}
     if name.startswith("schedule_free"):
         options["lr_scheduler_type"] = "constant"
+    if name == "schedule_free_radam":  # its first steps move nothing
+        options["max_steps"] = 2 * END
     arguments = {
         **options,
         "output_dir": str(folder),
@@ -89,7 +91,7 @@ def build(folder, name, kind=BudgetedTrainer, dtype=torch.float32, **changes):
         args = BudgetedTrainingArguments(**{"budget": "1e12flop", **arguments})
     else:
         args = TrainingArguments(**arguments)
-    model = tiny_model(layers=2, width=32, attention_dropout=0.1).to(dtype)
+    model = tiny_model(layers=2, width=32, attention_dropout=dropout).to(dtype)
     trainer = kind(model=model, args=args, train_dataset=rows(), data_collator=collator())
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -113,7 +115,7 @@ def whole_and_resumed(folder, name, **changes):
 
 def check_resume(folder, name, **changes):
     whole, resumed = whole_and_resumed(folder, name, **changes)
-    assert whole.state.global_step == resumed.state.global_step == END
+    assert whole.state.global_step == resumed.state.global_step == whole.args.max_steps
     assert equal(weights(whole), weights(resumed))
     start = dict(tiny_model(layers=2, width=32).to(whole.model.dtype).named_parameters())
     assert not equal(weights(whole), start)
@@ -192,9 +194,10 @@ def test_trains_as_transformers_does_at_a_constant_rate(tmp_path, name):
 
 def test_layerwise_optimizers_follow_the_schedule(tmp_path):
     require_package("galore_adamw")
-    layerwise = build(tmp_path / "layerwise", "galore_adamw_layerwise")
+    # without dropout: transformers' layerwise optimizer draws one number from the global generator
+    layerwise = build(tmp_path / "layerwise", "galore_adamw_layerwise", dropout=0.0)
     layerwise.train()
-    at_once = build(tmp_path / "at_once", "galore_adamw")
+    at_once = build(tmp_path / "at_once", "galore_adamw", dropout=0.0)
     at_once.train()
     assert equal(weights(layerwise), weights(at_once))
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from hf_eff.engines.schedule_progress import follow_budget
+from hf_eff.engines.schedule_progress import follow_budget, hold
 
 
 def _scheduler(name="linear"):
@@ -33,3 +33,24 @@ def test_unspent_budget_leaves_the_schedule_as_it_was():
             scheduler.step()
         assert plain[1].get_last_lr() == changed[1].get_last_lr()
     assert set(changed[1].state_dict()) == set(plain[1].state_dict())
+
+
+def test_a_held_schedule_moves_once_a_sweep():
+    plain, held = _scheduler("linear"), _scheduler("linear")
+    hold(held[1], 4)
+    rates = {"plain": [], "held": []}
+    for _ in range(10):
+        for name, (optimizer, scheduler) in (("plain", plain), ("held", held)):
+            rates[name].append(scheduler.get_last_lr()[0])
+            optimizer.step()
+            scheduler.step()
+    assert rates["held"] == [rates["plain"][step - step % 4] for step in range(10)]
+    assert len(set(rates["held"])) == 3
+    assert set(held[1].state_dict()) == set(plain[1].state_dict())
+
+
+def test_holding_for_one_step_changes_nothing():
+    _, scheduler = _scheduler()
+    before = scheduler.lr_lambdas
+    hold(scheduler, 1)
+    assert scheduler.lr_lambdas is before
