@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from hf_eff import registry
 from hf_eff.contracts.cost import RunFacts
+from hf_eff.errors import OptionError
 from hf_eff.numerics.optimizer_bytes import is_stateless
 from hf_eff.options import EffOptions, resolve_options
 
@@ -64,14 +65,17 @@ class BudgetedArguments:
     def __post_init__(self) -> None:
         """Check names, options and the budget at once, before anything is loaded."""
         resolved = resolve_options(_without_trainer_defaults(options_of(self)))
-        if any(chosen.spec.traits.freezes_parameters for chosen in resolved.memory):
-            self._expect_unused_parameters()
+        freezing = [chosen.spec for chosen in resolved.memory if chosen.spec.traits.freezes_parameters]
+        if freezing:
+            self._expect_unused_parameters(freezing[0].address)
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
             parent()
 
-    def _expect_unused_parameters(self) -> None:
+    def _expect_unused_parameters(self, address: str) -> None:
         """DDP must be told before it exists that blocks rest in turn (else ranks drift apart)."""
+        if getattr(self, "ddp_static_graph", None):
+            raise OptionError(f"{address} trains other parameters from step to step; leave ddp_static_graph unset.")
         name = "ddp_find_unused_parameters"
         if getattr(self, name, None) is None:
             setattr(self, name, True)

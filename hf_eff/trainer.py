@@ -28,6 +28,7 @@ from hf_eff.engines.logged_metrics import metrics_kept, metrics_snapshot
 from hf_eff.engines.packed_weights import never_packed
 from hf_eff.engines.plain_state import follow_schedule, keep_plain
 from hf_eff.engines.schedule_progress import follow_budget, hold
+from hf_eff.engines.sharded_resume import keeps_no_state, load_schedule, trainable
 from hf_eff.engines.spool import spooled
 from hf_eff.engines.update_hooks import UpdateHooks, without_new_hooks
 from hf_eff.files import require_writable
@@ -295,13 +296,20 @@ class BudgetedTrainerMixin(_Parent):
         return self.budgeted_run.ledger.clock(purpose) if self.budgeted_run is not None else contextlib.nullcontext()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
+        optimizer: Any = self.optimizer
+        sharded = self.budgeted_run is not None and self.is_fsdp_enabled
+        with trainable(optimizer) if sharded else contextlib.nullcontext():
+            super()._save_optimizer_and_scheduler(output_dir)
         if self.budgeted_run is not None and self.args.should_save:
             self.budgeted_run.save(output_dir, self.state.global_step)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.budgeted_run is not None and checkpoint is not None:
             self.budgeted_run.load_methods()
+            optimizer: Any = self.optimizer
+            if self.is_fsdp_enabled and keeps_no_state(optimizer.optimizer):
+                load_schedule(self.lr_scheduler, optimizer, checkpoint)
+                return
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -29,7 +29,7 @@ CANNOT_RUN = {
 HIDES_STATE = ["galore_adamw", "apollo_adamw", "grokadamw", "adalomo"]
 HIDES_STATE += ["galore_adamw_layerwise", "apollo_adamw_layerwise"]
 FAST = [*HIDES_STATE, "galore_adafactor", "lomo", "adamw_torch", "adafactor", "adamw_8bit", "schedule_free_adamw"]
-FAST += ["stable_adamw", "adamw_torch_4bit"]
+FAST += ["stable_adamw"]
 """The other names are optimizers of the same packages, with the same way to keep state."""
 LOADS_AND_DIFFERS = [name for name in HIDES_STATE if name not in ("galore_adamw", "apollo_adamw")]
 CUT, END = 2, 4

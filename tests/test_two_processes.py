@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import subprocess
@@ -11,12 +12,18 @@ from pathlib import Path
 import pytest
 
 from hf_eff.contracts.spec import KINDS
+from hf_eff.hardware.probe import device_name
 from hf_eff.registry import get_method, list_methods
 from hf_eff.testing.toys import half
 
 pytestmark = pytest.mark.distributed
 WORKERS = Path(__file__).parent / "workers"
-SPECS = [get_method(kind, name) for kind in KINDS for name in list_methods(kind)]
+SPECS = [
+    spec
+    for kind in KINDS
+    for spec in map(functools.partial(get_method, kind), list_methods(kind))
+    if not spec.traits.needs_accelerator or device_name() != "cpu"
+]
 TRAINERS = ("trainer", "sft")
 TRAINS = [(spec, trainer) for spec in SPECS if spec.traits.ddp for trainer in TRAINERS]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -67,12 +67,26 @@ class BlockSwitch:
         if state:
             (self._brought if self.store is None else self.store).load_state_dict(state)
 
+    def resting_with_state(self) -> list[str]:
+        """Parameters that rest and whose state the optimizer holds."""
+        active = set() if self.active is None else set(self.active_names(self.active))
+        held = self.optimizer.state
+        return [name for name, parameter in self._candidates() if name not in active and held.get(parameter)]
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Let state for resting parameters be loaded: FSDP2 gives it to trainable ones only. ``settle`` ends this."""
+        expected = set(names)
+        for name, parameter in self._candidates():
+            if name in expected and hasattr(parameter, "device_mesh"):
+                parameter.requires_grad_(True)
+
     def settle(self) -> None:
-        """Put the state of blocks that rest where the policy wants it, after a load from a run on another device."""
+        """After a load: freeze what rests, and put its state where the policy wants it."""
         if self.active is None:
             return
         active = self.active_names(self.active)
         for name, parameter in self._candidates():
+            parameter.requires_grad_(name in active)
             brought = self._brought.take(name)
             if brought is not None:
                 self.optimizer.state[parameter] = placed(brought, parameter, self._group(parameter))

@@ -156,6 +156,7 @@ class Blockwise(MemoryMethod):
             "schedule": self.schedule.to_dict(),
             "partition": self.switch.partition.fingerprint,
             "active": None if self.switch.active is None else list(self.switch.active),
+            "held": self.switch.resting_with_state(),
             **self.switch.state_dict(),
         }
 
@@ -180,6 +181,7 @@ class Blockwise(MemoryMethod):
         self.schedule = saved
         if state["active"] is not None:
             self.switch.activate(tuple(state["active"]))
+        self.switch.expect(state.get("held", ()))
         self.switch.load_state_dict({key: value for key, value in state.items() if key not in _OWN_STATE})
 
     def log_entries(self) -> Mapping[str, float]:
@@ -188,7 +190,7 @@ class Blockwise(MemoryMethod):
         return {"block": float(active[0])} if active else {}
 
 
-_OWN_STATE = ("schedule", "partition", "active")
+_OWN_STATE = ("schedule", "partition", "active", "held")
 
 
 def _require_blocks(schedule: BlockSchedule) -> None:
@@ -197,6 +199,15 @@ def _require_blocks(schedule: BlockSchedule) -> None:
         raise PlanError(f"start_block={schedule.start} does not exist; there are {blocks} blocks, from 0.")
     if schedule.num_active > blocks:
         raise PlanError(f"active_layers={schedule.num_active} is more than the {blocks} layers there are.")
+
+
+def _require_whole_state(config: BlockwiseConfig, facts: Facts) -> None:
+    moves = config.state_policy == "disk" or (config.state_policy == "offload" and facts.hardware.device != "cpu")
+    if moves and facts.hardware.backend == "fsdp2":
+        raise PlanError(
+            f"state_policy={config.state_policy!r} moves whole tensors, and FSDP2 shards them over processes; set "
+            "state_policy='keep' or 'reset'."
+        )
 
 
 def _warn_of_unvisited(name: str, schedule: BlockSchedule, total_steps: int) -> None:
@@ -246,6 +257,7 @@ def blockwise_cost(config: BlockwiseConfig, facts: Facts) -> Cost:
     constant = [always] if always is not None else []
     schedule = config.schedule(len(parts), max(0, facts.run.max_steps), seed=0)
     _require_blocks(schedule)
+    _require_whole_state(config, facts)
     weighted = _visits(schedule, parts, facts.run.max_steps)
     flops = sum(weight * planned_step_flops(facts, joined([part, *constant])) for weight, part in weighted)
     costs = [_memory(config, facts, [*active, *constant], parts) for active in _heaviest(schedule, parts)]

@@ -148,6 +148,6 @@ SPEC = MethodSpec(
         year=2024,
         arxiv="2404.02827",
     ),
-    traits=Traits(deterministic=False, needs_blocks=True, freezes_parameters=True, streaming=True),
+    traits=Traits(fsdp2=True, deterministic=False, needs_blocks=True, freezes_parameters=True, streaming=True),
     tiny={"switch_every": 2},
 )

@@ -177,6 +177,11 @@ def cost(config: FusedConfig, facts: Facts) -> Cost:
     """
     model, run = facts.model, facts.run
     _require_clip(config, run.max_grad_norm)
+    if run.loss_tokens:
+        raise PlanError(
+            "memory='fused' updates the output head while 'chunked_loss' still needs it; use one of 'fused' and "
+            "'chunked_loss'."
+        )
     part = model.trainable or everything_trains(model)
     parts = run.row_chunks > 1  # their gradients are added up before the update
     twice = config.clip == "two_backwards" and run.max_grad_norm > 0 and not parts
@@ -208,6 +213,7 @@ SPEC = MethodSpec(
         arxiv="2306.09782",
     ),
     traits=Traits(
+        fsdp2=True,
         owns_backward=True,
         owns_optimizer=True,
         stateless_optimizer=True,

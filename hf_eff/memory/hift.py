@@ -128,5 +128,5 @@ SPEC = MethodSpec(
         year=2024,
         arxiv="2401.15207",
     ),
-    traits=Traits(needs_blocks=True, freezes_parameters=True, streaming=True),
+    traits=Traits(fsdp2=True, needs_blocks=True, freezes_parameters=True, streaming=True),
 )

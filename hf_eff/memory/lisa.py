@@ -100,6 +100,6 @@ SPEC = MethodSpec(
         year=2024,
         arxiv="2403.17919",
     ),
-    traits=Traits(deterministic=False, needs_blocks=True, freezes_parameters=True, streaming=True),
+    traits=Traits(fsdp2=True, deterministic=False, needs_blocks=True, freezes_parameters=True, streaming=True),
     tiny={"active_layers": 1, "switch_every": 2},
 )

@@ -253,7 +253,7 @@ SPEC = MethodSpec(
     cost=cost,
     adapt=adapt,
     paper=Paper(title="LoRA: Low-Rank Adaptation of Large Language Models", year=2021, arxiv="2106.09685"),
-    traits=Traits(deterministic=False, peft=False, streaming=True),
+    traits=Traits(fsdp2=True, deterministic=False, peft=False, streaming=True),
     tiny={"r": 4, "alpha": 8},
     requires={"peft": "peft"},
 )

@@ -126,5 +126,5 @@ SPEC = MethodSpec(
     build=RowChunks,
     cost=cost,
     adapt=adapt,
-    traits=Traits(baseline=True, packing=False, streaming=True),
+    traits=Traits(fsdp2=True, baseline=True, packing=False, streaming=True),
 )

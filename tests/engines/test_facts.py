@@ -172,13 +172,18 @@ def test_an_unknown_module_is_estimated_not_ignored():
     assert not facts.exact_flops
 
 
+def without_kernels(facts):
+    """Facts without what depends on the attention kernel, which a configuration alone does not settle."""
+    return dataclasses.replace(facts, blocks=tuple(dataclasses.replace(b, score_heads=0) for b in facts.blocks))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_from_config_equals_the_model_and_leaves_the_generator(family):
     config = FAMILIES[family][1]()
     model = build(family)
     config.architectures = [type(model).__name__]
     state = torch.random.get_rng_state()
-    assert model_facts_from_config(config) == model_facts(model)
+    assert without_kernels(model_facts_from_config(config)) == without_kernels(model_facts(model))
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -298,7 +303,7 @@ def test_requires_grad_is_the_default(model):
     assert (
         trainable_facts(model)
         == trainable_facts(model, names_with(model, ".layers.1."))
-        == model_facts(model).trainable
+        == dataclasses.replace(model_facts(model).trainable, kept_inputs=(), tensors=())
     )
 
 

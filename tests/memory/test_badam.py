@@ -823,7 +823,7 @@ def test_cost_with_adapters_counts_the_adapters():
 def test_spec_is_consistent():
     assert SPEC.build(SPEC.config.from_dict(SPEC.tiny)).config.switch_every == 2
     assert SPEC.traits.ddp
-    assert not SPEC.traits.fsdp2
+    assert SPEC.traits.fsdp2
 
 
 # -- two processes
