@@ -26,7 +26,7 @@ def trained(folder, memory="full", options=None, model=None, **arguments):
             max_steps=3,
             per_device_train_batch_size=4,
             learning_rate=1e-2,
-            optim="sgd",
+            optim="adamw_torch" if "mezo" in memory else "sgd",
             max_grad_norm=0.0,
             save_strategy="no",
             report_to="none",
