@@ -174,7 +174,9 @@ def test_an_unknown_module_is_estimated_not_ignored():
 
 def without_kernels(facts):
     """Facts without what depends on the attention kernel, which a configuration alone does not settle."""
-    return dataclasses.replace(facts, blocks=tuple(dataclasses.replace(b, score_heads=0) for b in facts.blocks))
+    return dataclasses.replace(
+        facts, blocks=tuple(dataclasses.replace(b, score_heads=0, activation_copies=1) for b in facts.blocks)
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
