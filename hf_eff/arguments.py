@@ -12,7 +12,7 @@ from hf_eff import registry
 from hf_eff.contracts.cost import RunFacts
 from hf_eff.errors import OptionError
 from hf_eff.numerics.optimizer_bytes import is_stateless
-from hf_eff.options import EffOptions, resolve_options
+from hf_eff.options import EffOptions, ResolvedOptions, resolve_options
 
 _DICT_FIELDS = ("selection_kwargs", "memory_kwargs", "governor_kwargs")
 
@@ -65,25 +65,34 @@ class BudgetedArguments:
     def __post_init__(self) -> None:
         """Check names, options and the budget at once, before anything is loaded."""
         resolved = resolve_options(_without_trainer_defaults(options_of(self)))
-        freezing = [chosen.spec for chosen in resolved.memory if chosen.spec.traits.freezes_parameters]
-        if freezing:
-            self._expect_unused_parameters(freezing[0].address)
+        expect_unused_parameters(self, resolved)
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
             parent()
-
-    def _expect_unused_parameters(self, address: str) -> None:
-        """DDP must be told before it exists that blocks rest in turn (else ranks drift apart)."""
-        if getattr(self, "ddp_static_graph", None):
-            raise OptionError(f"{address} trains other parameters from step to step; leave ddp_static_graph unset.")
-        name = "ddp_find_unused_parameters"
-        if getattr(self, name, None) is None:
-            setattr(self, name, True)
 
 
 @dataclass
 class BudgetedTrainingArguments(BudgetedArguments, TrainingArguments):
     """``TrainingArguments`` with the fields of ``BudgetedArguments``."""
+
+
+def expect_unused_parameters(args: Any, resolved: ResolvedOptions) -> None:
+    """Tell DDP before it exists that blocks rest in turn, or ranks would drift apart.
+
+    Args:
+        args: Training arguments; ``ddp_find_unused_parameters`` is set where the user left it open.
+        resolved: The methods.
+
+    Raises:
+        OptionError: ``ddp_static_graph`` is set.
+    """
+    freezing = [chosen.spec.address for chosen in resolved.memory if chosen.spec.traits.freezes_parameters]
+    if not freezing:
+        return
+    if getattr(args, "ddp_static_graph", None):
+        raise OptionError(f"{freezing[0]} trains other parameters from step to step; leave ddp_static_graph unset.")
+    if getattr(args, "ddp_find_unused_parameters", None) is None:
+        args.ddp_find_unused_parameters = True
 
 
 def options_of(args: Any) -> EffOptions:
@@ -162,6 +171,7 @@ def run_facts(args: TrainingArguments, trainer: str = "trainer", *, custom_optim
         learning_rate=float(args.learning_rate),
         remove_unused_columns=bool(args.remove_unused_columns),
         price_per_hour=options.price_per_hour,
+        ddp_find_unused_parameters=args.ddp_find_unused_parameters,
     )
 
 

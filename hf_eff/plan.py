@@ -51,6 +51,13 @@ REFUSALS = (
         "DDP",
     ),
     Refusal(
+        "freezes_parameters",
+        True,
+        lambda f: f.hardware.backend == "ddp" and f.run.ddp_find_unused_parameters is False,
+        "leaves parameters without gradients, which DDP would wait for",
+        "ddp_find_unused_parameters=True, or leave it unset",
+    ),
+    Refusal(
         "grad_accum",
         False,
         lambda f: f.run.accumulation > 1,

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, Trainer, TrainerCallback
 
-from hf_eff.arguments import options_of, run_facts
+from hf_eff.arguments import expect_unused_parameters, options_of, run_facts
 from hf_eff.contracts.cost import Facts, ModelFacts
 from hf_eff.contracts.memory import OptimizerContext, StepContext
 from hf_eff.engines.checkpoints import is_complete, resolve_checkpoint
@@ -75,6 +75,7 @@ class BudgetedTrainerMixin(_Parent):
         options = with_default_memory(options_of(given.get("args")), self.default_memory)
         if not options.is_neutral:
             self._resolved = resolve_options(options)
+            expect_unused_parameters(given.get("args"), self._resolved)
             self.memory_stack = MemoryStack(self._resolved.memory)
             self.selection_stage = SelectionStage(self._resolved)
             self._prepare_given(given)

@@ -1,5 +1,6 @@
 """Two processes over gloo: sharded training agrees over ranks and with one process, and resumes exactly."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -102,6 +103,14 @@ TAKES_OVER = [spec for spec in MEMORY if spec.traits.owns_optimizer or spec.trai
 def test_deepspeed_and_fsdp1_are_refused_before_anything_is_built(spec, backend):
     with pytest.raises(PlanError, match=f"memory='{spec.name}' .*DeepSpeed and FSDP1"):
         planned(backend, memory=spec.name)
+
+
+@pytest.mark.parametrize("memory", ["badam", "hift", "lisa"])
+def test_ddp_that_waits_for_every_gradient_is_refused(memory):
+    facts = planned("ddp", memory=memory).facts
+    waiting = facts.replace(run=dataclasses.replace(facts.run, ddp_find_unused_parameters=False))
+    with pytest.raises(PlanError, match="without gradients, which DDP would wait for; use ddp_find_unused_parameters"):
+        make_plan(EffOptions(memory=memory), waiting)
 
 
 @pytest.mark.parametrize("policy", ["offload", "disk"])

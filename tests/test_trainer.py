@@ -187,6 +187,7 @@ def test_trainers_bring_their_methods(tmp_path):
     zeroth = make(tmp_path / "zo", ZOTrainer)
     assert [chosen.spec.name for chosen in block.plan.resolved.memory] == ["badam"]
     assert [chosen.spec.name for chosen in zeroth.plan.resolved.memory] == ["mezo"]
+    assert block.args.ddp_find_unused_parameters is True  # DDP is told, although memory= named no method
     for trainer in (block, zeroth):
         before = weights(trainer)
         trainer.train()

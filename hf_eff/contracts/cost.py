@@ -193,6 +193,7 @@ class RunFacts:
     learning_rate: float = 5e-5
     remove_unused_columns: bool = True
     price_per_hour: float | None = None
+    ddp_find_unused_parameters: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

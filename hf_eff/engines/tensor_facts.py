@@ -174,5 +174,5 @@ def _activation_copies(block: nn.Module) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.enable_grad():
-        found[0](torch.ones(4, requires_grad=True))
+        found[0](torch.ones(4, device="cpu", requires_grad=True))
     return max(1, len(saved))

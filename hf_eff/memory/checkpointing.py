@@ -110,5 +110,4 @@ SPEC = MethodSpec(
     adapt=adapt,
     paper=Paper(title="Training Deep Nets with Sublinear Memory Cost", year=2016, arxiv="1604.06174"),
     traits=Traits(fsdp2=True, streaming=True),
-    known_failures=(("check_cost_grows", "rest is what the peak exceeds the other terms by"),),
 )

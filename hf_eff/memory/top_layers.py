@@ -141,5 +141,4 @@ SPEC = MethodSpec(
     adapt=adapt,
     traits=Traits(fsdp2=True, baseline=True, needs_blocks=True, streaming=True),
     tiny={"layers": 1},
-    known_failures=(("check_cost_grows", "a fixed number of layers trains, so that activations need not grow"),),
 )

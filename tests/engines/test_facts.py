@@ -16,6 +16,7 @@ from transformers import (
     DataCollatorWithFlattening,
     GemmaConfig,
     GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     OPTConfig,
     PhiConfig,
@@ -172,21 +173,21 @@ def test_an_unknown_module_is_estimated_not_ignored():
     assert not facts.exact_flops
 
 
-def without_kernels(facts):
-    """Facts without what depends on the attention kernel, which a configuration alone does not settle."""
-    return dataclasses.replace(
-        facts, blocks=tuple(dataclasses.replace(b, score_heads=0, activation_copies=1) for b in facts.blocks)
-    )
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_from_config_equals_the_model_and_leaves_the_generator(family):
     config = FAMILIES[family][1]()
     model = build(family)
     config.architectures = [type(model).__name__]
     state = torch.random.get_rng_state()
-    assert without_kernels(model_facts_from_config(config)) == without_kernels(model_facts(model))
+    assert model_facts_from_config(config) == model_facts(model)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_what_an_activation_function_saves_is_counted_without_memory_too():
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=16)
+    facts, filled = model_facts_from_config(config), model_facts(GPT2LMHeadModel(config))
+    assert facts.blocks == filled.blocks
+    assert filled.blocks[0].activation_copies > 1  # the tanh form keeps its parts
 
 
 def test_from_config_without_architectures_takes_the_usual_class():
