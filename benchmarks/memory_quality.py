@@ -2,12 +2,12 @@
 
     python benchmarks/memory_quality.py [--results FILE] [--seeds 3] [--only NAME ...] [--threads 2]
 
-SmolLM2-135M-Instruct learns four task families of reasoning-gym (40 rows each). Target loss: 40 other rows of the same
-families, loss per answer token. Forgetting: rise of the loss per token on general text, 12 passages of the topics that
+SmolLM2-135M-Instruct learns four task families of reasoning-gym (16 rows each). Target loss: 32 other rows of the same
+families, loss per answer token. Forgetting: rise of the loss per token on general text, 8 passages of the topics that
 Python's ``help()`` shows. Weights are float32 under bfloat16 autocast; learning rates are constant.
 
-    equal compute   every method spends the FLOPs of full fine-tuning for one pass over the rows, in batches of 8
-    equal memory    the same FLOPs, in the largest batch (no accumulation) whose predicted peak with rows of 192 tokens
+    equal compute   every method spends the FLOPs of full fine-tuning for one pass over the rows, in batches of 4
+    equal memory    the same FLOPs, in the largest batch (no accumulation) whose predicted peak with rows of 128 tokens
                     is within that of LoRA (r 8) with a batch of 4; a method that does not fit one row is left out
 
 The learning rate of each method is the best of three by target loss at equal compute on a seed of its own; the best at
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 FAMILIES = ("chain_sum", "leg_counting", "spell_backward", "syllogism")
-PER_FAMILY, TEST_PER_FAMILY, BATCH, LENGTH = 40, 10, 8, 192
+PER_FAMILY, TEST_PER_FAMILY, BATCH, LENGTH = 16, 8, 4, 128
 CAP_METHOD, CAP_BATCH = "lora_8", 4
 SWEEP_SEED = 100
 METHODS: dict[str, tuple[str, dict[str, Any], tuple[float, float, float]]] = {
@@ -205,8 +205,8 @@ def _general_loss(model: Any, tokenizer: Any) -> float:
 
     import torch
 
-    texts = sorted(pydoc_data.topics.topics.values(), key=len)[-12:]
-    rows = [torch.tensor([tokenizer(text[:4000])["input_ids"][:512]]) for text in texts]
+    texts = sorted(pydoc_data.topics.topics.values(), key=len)[-8:]
+    rows = [torch.tensor([tokenizer(text[:2000])["input_ids"][:256]]) for text in texts]
     model.eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         losses = [float(model(input_ids=ids, labels=ids).loss) for ids in rows]

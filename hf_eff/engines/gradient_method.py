@@ -121,7 +121,7 @@ class GradientConfig(WarmupConfig):
         None, "Width of the projection; None: 4096 up to 1e9 parameters, else 8192.", low=1, paper="8192"
     )
     projection: str = knob(
-        "sparse", "Dense signs, a few signs a row, or each matrix from both sides.", choices=PROJECTIONS, paper="dense"
+        "sparse", "Dense signs, one sign a row, or each matrix from both sides.", choices=PROJECTIONS, paper="dense"
     )
     proj_seed: int = knob(0, "Names the projection.", low=0)
 
@@ -256,7 +256,7 @@ def trace_cost(config: GradientConfig, facts: Facts, *, bits: float, target_bits
     warmup = config.warmup_rows(rows)
     featured = passes * (rows + pool.num_reference)
     row_flops = 2 * forward_flops(facts.model, BatchShape(1, length)) + 6.0 * adapter * length
-    per_entry = {"rademacher": 2.0 * width, "sparse": 4.0, "two_sided": 2.0 * max(1.0, width / config.lora_r)}
+    per_entry = {"rademacher": 2.0 * width, "sparse": 2.0, "two_sided": 2.0 * max(1.0, width / config.lora_r)}
     projected = per_entry[config.projection] * adapter if width < adapter else 0.0
     stored = rows * (math.ceil(width * bits / 8) + _NORM_AND_FLAG)
     stored += pool.num_reference * (math.ceil(width * target_bits / 8) + _NORM_AND_FLAG)

@@ -1,14 +1,16 @@
 """Random projection with a few entries per row: the error of a dense one for a small part of its work.
 
-Like ``RademacherProjector``, a gradient g of p entries becomes d numbers h = g R, but each of the p
-rows of R holds only s entries that are not zero, +-1 / sqrt(s), one in each of s equal ranges of the
-d columns (sparse Johnson-Lindenstrauss transform; Kane and Nelson, 2014, arXiv:1012.1577). The mean and the
-variance of inner products are those of the dense matrix, for s = 1 too: a cosine c comes out with a standard
-error of (1 - c^2) / sqrt(d). A larger s helps gradients that live in a few entries only, which
-a single entry a row may by bad luck throw together.
+Like ``RademacherProjector``, a gradient g of p entries becomes d numbers, h = g R, but each of the p rows of R holds
+only s entries that are not zero, +-1 / sqrt(s), one in each of s equal ranges of the d columns (sparse
+Johnson-Lindenstrauss transform; Kane and Nelson, 2014, arXiv:1012.1577). Signs are drawn entry by entry. Places are
+drawn for runs of entries as long as a range is wide: a run goes to its range in order, turned by a random number of
+places. Two entries of one run never meet and two of different runs meet as often as if each had drawn its own place,
+so that mean and variance of inner products are those of the dense matrix (a little below, in fact), for s = 1 too: a
+cosine c comes out with a standard error of (1 - c^2) / sqrt(d). A larger s helps gradients that live in a few entries
+only, which a single entry a row may by bad luck throw together.
 
-R is never stored: place and sign of an entry are a hash of (seed, tensor, entry), the same on every
-device and for every batch. The work is s additions an entry and example, whatever d is.
+R is never stored: turns and signs are a hash of (seed, tensor, range, place), the same on every device and for every
+batch. The work is s additions an entry and example, whatever d is, of numbers that lie side by side.
 """
 
 from __future__ import annotations
@@ -28,8 +30,11 @@ from hf_eff.numerics.projection import Projector, RademacherProjector
 
 # B examples, p entries of one tensor, D projected dims, s entries a row
 
-_ROWS = 2**16
-"""Rows of R made at a time; each block of rows has a key of its own."""
+_BLOCK = 2**15
+"""Entries whose signs are made at a time; each block of them has a key of its own."""
+_TURN, _SIGN = 0, 1  # what a key is for
+_SIGN_BIT = -(2**31)
+_ONE_BITS = 0x3F800000
 _LOW_BITS = 0x7FFFFFFF
 
 
@@ -50,7 +55,7 @@ class SparseProjector(Projector):
     sizes: tuple[int, ...]
     dims: int
     seed: int = 0
-    nonzeros: int = 2
+    nonzeros: int = 1
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -72,51 +77,82 @@ class SparseProjector(Projector):
 
     def fingerprint(self) -> str:
         """Digest of everything the matrix depends on."""
-        parts = ["sparse-splitmix64-1", list(self.sizes), self.dims, self.seed, self.nonzeros, _ROWS]
+        parts = ["sparse-splitmix64-2", list(self.sizes), self.dims, self.seed, self.nonzeros, _BLOCK]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def project(self, pieces: Iterable[tuple[int, Tensor]], rows: int) -> Tensor:
         """See ``Projector``."""
         if self.is_identity:
             return RademacherProjector(self.sizes, self.dims).project(pieces, rows)
-        total: Tensor | None = None
+        totals: list[Tensor] = []
         for index, values in pieces:
             if values.shape != (rows, self.sizes[index]):
                 raise OptionError(
                     f"tensor {index} must be [{rows}, {self.sizes[index]}] to be projected, got {list(values.shape)}."
                 )
-            # Entries first: a row of the matrix then adds B neighbouring numbers to B others.
-            columns = values.to(torch.promote_types(values.dtype, torch.float32)).T.contiguous()
-            if total is None:
-                total = columns.new_zeros(2 * self.dims, rows)
-            for start in range(0, len(columns), _ROWS):
-                block = columns[start : start + _ROWS]
-                for places in self.places(index, start // _ROWS, len(block), values.device).T:
-                    total.index_add_(0, places, block)
-        if total is None:
+            values = values.to(torch.promote_types(values.dtype, torch.float32))
+            # Twice as wide as its range, so that a turned run need not be cut in two.
+            totals = totals or [values.new_zeros(rows, 2 * (high - low)) for low, high in self.ranges]
+            for number, total in enumerate(totals):
+                self._add(total, index, number, values)
+        if not totals:
             return torch.zeros(rows, self.width)
-        positive, negative = total.split(self.dims)
-        return (positive - negative).T.div(math.sqrt(self._used)).contiguous()
+        folded = [total[:, : total.shape[1] // 2] + total[:, total.shape[1] // 2 :] for total in totals]
+        return torch.cat(folded, dim=1).div_(math.sqrt(self._used))
 
-    def places(self, index: int, block: int, rows: int, device: torch.device | str = "cpu") -> Tensor:
-        """Where the entries of some rows of R are that are not zero.
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """First column, and the one after the last, of each of the s ranges."""
+        bounds = [self.dims * number // self._used for number in range(self._used + 1)]
+        return list(zip(bounds[:-1], bounds[1:], strict=True))
+
+    def turns(self, index: int, number: int) -> list[int]:
+        """Places by which each run of a tensor's entries is turned within a range, from 0 to its width less one.
 
         Args:
             index: Number of the tensor.
-            block: Number of the block of 65,536 of its rows.
-            rows: How many of them, from the first on.
-            device: Where to make it.
+            number: Number of the range.
+        """
+        low, high = self.ranges[number]
+        runs = -(-self.sizes[index] // (high - low))
+        words = self._words((index, number, _TURN), runs, "cpu")
+        turned: list[int] = (((words >> 32).bitwise_and_(_LOW_BITS) * (high - low)) >> 31).tolist()
+        return turned
+
+    def signs(self, index: int, number: int, block: int, device: torch.device | str = "cpu") -> Tensor:
+        """Signs of the entries ``block * 32,768`` and following of a tensor in a range.
+
+        Args:
+            index: Number of the tensor.
+            number: Number of the range.
+            block: Number of the block of entries.
+            device: Where to make them.
 
         Returns:
-            [rows, s] int64: the column of a positive entry, or the column plus ``dims`` of a negative one.
+            [n] float32 of +1 and -1, up to the end of the block or of the tensor.
         """
-        used = self._used
-        key = torch.tensor([make_key(self.seed, index, block)], dtype=torch.int64, device=device)
-        words = random_words(key, rows * (-(-used // 2))).view(torch.int32).view(rows, -1)[:, :used]
-        bounds = torch.arange(used + 1, device=device) * self.dims // used
-        low, high = bounds[:-1], bounds[1:]
-        columns = low + (((words & _LOW_BITS).long() * (high - low)) >> 31)
-        return columns + (words < 0) * self.dims
+        count = min(_BLOCK, self.sizes[index] - block * _BLOCK)
+        words = self._words((index, number, _SIGN, block), -(-count // 64), device).view(torch.int32)
+        shifts = torch.arange(32, dtype=torch.int32, device=device)[:, None]
+        # Row k moves bit 31 - k of every word to the place of the sign; the rest is overwritten with 1.0.
+        bits = torch.bitwise_left_shift(words, shifts).bitwise_and_(_SIGN_BIT).bitwise_or_(_ONE_BITS)
+        return bits.view(torch.float32).view(-1)[:count]
+
+    def _words(self, parts: tuple[int, ...], count: int, device: torch.device | str) -> Tensor:
+        key = torch.tensor([make_key(self.seed, *parts)], dtype=torch.int64, device=device)
+        return random_words(key, count)[0]
+
+    def _add(self, total: Tensor, index: int, number: int, values: Tensor) -> None:
+        """Add what ``values`` [B, p] come to in a range to ``total`` [B, 2 width]."""
+        width, turns = total.shape[1] // 2, self.turns(index, number)
+        for start in range(0, values.shape[1], _BLOCK):
+            signed = values[:, start : start + _BLOCK]
+            signed = signed * self.signs(index, number, start // _BLOCK, values.device)
+            stop = start + signed.shape[1]
+            for run in range(start // width, -(-stop // width)):
+                first, last = max(start, run * width), min(stop, (run + 1) * width)
+                place = turns[run] + first - run * width
+                total[:, place : place + last - first].add_(signed[:, first - start : last - start])
 
     @property
     def _used(self) -> int:

@@ -21,7 +21,7 @@ Idea
 
 Cost      N pool rows, V target rows, T mean tokens, F forward FLOPs of a row, A adapter parameters
     flops  E*(N + V)*(2*F + 6*A*T + p*A), and E*(2*F + 6*A*T) for each warm-up row;
-           p: 4 with the sparse projection, 2*D with the dense one
+           p: 2 with the sparse projection, 2*D with the dense one
     disk   E*D*(2*N + 4*V) bytes of features, 12*E*A of checkpoints
     peak   one LoRA step of ``gradient_tokens`` tokens above the loaded model
 

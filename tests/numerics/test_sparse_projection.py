@@ -17,18 +17,21 @@ SIZES = (700, 3, 1300)
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(sparse_projection, "_ROWS", 256)
+    monkeypatch.setattr(sparse_projection, "_BLOCK", 256)
 
 
 def dense(projector):
     """R in one piece, entry by entry."""
-    rows = sparse_projection._ROWS
+    block = sparse_projection._BLOCK
     matrix = torch.zeros(sum(projector.sizes), projector.dims, dtype=torch.float64)
     start = 0
     for index, size in enumerate(projector.sizes):
-        for entry in range(size):
-            for place in projector.places(index, entry // rows, size)[entry % rows].tolist():
-                matrix[start + entry, place % projector.dims] += 1 if place < projector.dims else -1
+        for number, (low, high) in enumerate(projector.ranges):
+            turns, width = projector.turns(index, number), high - low
+            signs = torch.cat([projector.signs(index, number, each) for each in range(-(-size // block))])
+            for entry in range(size):
+                column = low + (turns[entry // width] + entry) % width
+                matrix[start + entry, column] = signs[entry]
         start += size
     return matrix
 
@@ -55,9 +58,11 @@ def test_equals_the_dense_matrix_bit_for_bit(small_blocks, dims, nonzeros):
 
 def test_signs_are_fair_and_columns_evenly_used():
     matrix = dense(SparseProjector((4000,), 100, seed=1))
-    assert abs(matrix.sum().item()) < 5 * math.sqrt(8000)
-    loads = matrix.abs().sum(dim=0)
-    assert (loads - 80).abs().max() < 6 * math.sqrt(80)
+    assert abs(matrix.sum().item()) < 5 * math.sqrt(4000)
+    assert torch.equal(matrix.abs().sum(dim=0), torch.full((100,), 40.0, dtype=torch.float64))
+    places = matrix.abs().argmax(dim=1).view(40, 100)[:, 0]
+    assert len(set(places.tolist())) > 25  # each run is turned by a number of its own
+    assert len({tuple(run.tolist()) for run in matrix.sum(dim=1).view(40, 100)}) == 40
 
 
 @pytest.mark.parametrize("nonzeros", [1, 2, 4])
@@ -128,7 +133,7 @@ def test_types_identity_and_flops():
     values = gradients(3)
     projector = SparseProjector(SIZES, 100)
     assert projector.project(pieces(values.to(torch.bfloat16)), 3).dtype == torch.float32
-    assert projector.flops == 4 * sum(SIZES)
+    assert projector.flops == 2 * sum(SIZES)
     whole = SparseProjector(SIZES, sum(SIZES))
     assert (whole.is_identity, whole.width, whole.flops) == (True, sum(SIZES), 0)
     assert torch.equal(whole.project(reversed(pieces(values)), 3), values)
@@ -140,7 +145,7 @@ def test_fingerprint_names_the_matrix():
     others = [
         SparseProjector(SIZES, 65),
         SparseProjector(SIZES, 64, seed=1),
-        SparseProjector(SIZES, 64, nonzeros=1),
+        SparseProjector(SIZES, 64, nonzeros=2),
         RademacherProjector(SIZES, 64),
     ]
     assert len({each.fingerprint() for each in (base, *others)}) == 5
