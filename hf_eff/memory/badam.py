@@ -25,7 +25,7 @@ Differs    from the official code (badam 1.4): the first block gets K steps, not
 
 Paper      BAdam: A Memory Efficient Full Parameter Optimization Method for Large Language Models (2024),
            arXiv:2404.02827
-Code       Ledzy/BAdam, Apache-2.0; compared by running it, see benchmarks/blockwise.py
+Code       Ledzy/BAdam, Apache-2.0; compared by running it, see benchmarks/memory.py
 """
 
 from __future__ import annotations
