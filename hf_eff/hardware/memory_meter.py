@@ -29,6 +29,10 @@ def weight_tensors(model: nn.Module) -> list[torch.Tensor]:
     return [*model.parameters(), *model.buffers(), *itertools.chain.from_iterable(constants)]
 
 
+_STATELESS = ("param_groups", "defaults", "model", "family")
+"""Attributes of optimizers that hold no state of theirs; a family of random directions has scratch memory only."""
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """Every tensor that an optimizer holds, beside parameters and gradients.
 
@@ -41,7 +45,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 def _held_by(optimizer: torch.optim.Optimizer, seen: set[int]) -> list[torch.Tensor]:
     seen.add(id(optimizer))
     groups = optimizer.param_groups
-    held = {name: value for name, value in vars(optimizer).items() if name not in ("param_groups", "defaults", "model")}
+    held = {name: value for name, value in vars(optimizer).items() if name not in _STATELESS}
     inside = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     found = [*_tensors_in(held, seen), *_tensors_in(inside, seen)]
     parameters = {id(each) for group in groups for each in group["params"]}
