@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from hf_eff import hub, registry
 from hf_eff.contracts.spec import Kind, MethodSpec
-from hf_eff.errors import OptionError
+from hf_eff.errors import OptionError, UnknownMethodError
 from hf_eff.files import write_json
 
 FILE = "hf_eff_method.json"
 _KEYS = {"kind", "name", "options", "format_version"}
 _VERSION = 1
+_MAX_BYTES = 256 * 2**10
 
 
 class _AutoMethod:
@@ -77,6 +79,30 @@ class _AutoMethod:
         return path
 
     @classmethod
+    def push_to_hub(
+        cls, repo_id: str, name: str, *, private: bool = True, token: str | None = None, **options: Any
+    ) -> str:
+        """Publish a name and its checked options, so that ``from_pretrained(repo_id)`` builds the same method.
+
+        Args:
+            repo_id: Model repository, such as ``"user/less-for-code"``; created when needed.
+            name: Registered name. Others can build it where it is registered, too: no code is sent.
+            private: Visibility of a repository that is created.
+            token: Access token; None for the one that is logged in.
+            **options: Options of the method.
+
+        Returns:
+            The commit's hash.
+
+        Raises:
+            UnknownMethodError: The name is not registered.
+            OptionError: An option is unknown or outside its bounds.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            cls.save_pretrained(folder, name, **options)
+            return hub.push_folder(folder, repo_id, "model", f"Describe {cls.kind}={name}", token, private=private)
+
+    @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None, token: str | None = None) -> Any:
         """Build the method that a folder or a Hub repository describes.
 
@@ -94,7 +120,9 @@ class _AutoMethod:
             raise OptionError(
                 f"{str(source)!r} describes a {described['kind']} method; {cls.__name__} needs {cls.kind}."
             )
-        return cls.from_name(described["name"], **described["options"])
+        if described["name"] not in cls.list():  # an address would be fetched; a file may not ask for that
+            raise UnknownMethodError(f"{str(source)!r} names {described['name']!r}, which is not registered here.")
+        return registry.build(registry.get_method(cls.kind, described["name"]), described["options"])
 
 
 class AutoSelector(_AutoMethod):
@@ -138,13 +166,25 @@ def _read(source: str | Path, revision: str | None, token: str | None) -> dict[s
 def _parse(path: Path) -> dict[str, Any]:
     """Plain data only: a mapping with exactly the known keys and JSON options."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
     except OSError:
         raise OptionError(f"no {FILE} was found; save_pretrained writes one.") from None
-    except ValueError as error:
+    if len(content) > _MAX_BYTES:
+        raise OptionError(f"{FILE} is larger than a description may be ({_MAX_BYTES // 2**10} KiB).")
+    try:
+        values = json.loads(content, object_pairs_hook=_distinct_keys)
+    except (ValueError, RecursionError) as error:
         raise OptionError(f"{FILE} is not JSON ({error}).") from None
     if not isinstance(values, dict) or set(values) != _KEYS or values["format_version"] != _VERSION:
         raise OptionError(f"{FILE} must hold exactly {sorted(_KEYS)} with format_version {_VERSION}.")
     if not isinstance(values["name"], str) or not isinstance(values["options"], dict):
         raise OptionError(f"{FILE}: 'name' must be a string and 'options' a mapping.")
     return values
+
+
+def _distinct_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key is repeated")
+    return result

@@ -58,6 +58,8 @@ def get_method(kind: str, name: str) -> MethodSpec:
         spec = importlib.import_module(f"hf_eff.{kind}.{name}").SPEC
     elif name in (points := _entry_points(kind)):
         spec = points[name].load()
+    elif kind == "selection" and (name.startswith("hub:") or ("/" in name and Path(name).is_dir())):
+        spec = importlib.import_module("hf_eff.stages.published").published_spec(name)
     else:
         raise UnknownMethodError(_unknown(kind, name))
     if not isinstance(spec, MethodSpec) or (spec.kind, spec.name) != (kind, name):

@@ -6,7 +6,7 @@ import contextlib
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,20 +55,26 @@ class RunDirectory:
 
     def write_report(self, report: Mapping[str, Any]) -> None:
         """Write ``report.json``, ``report.md`` and the run card."""
-        write_json(self.path / REPORT_JSON, report)
-        write_text(self.path / REPORT_TEXT, render_report(report))
+        self.update_report(report)
         write_text(self.path / CARD, render_run_card(report))
 
+    def update_report(self, report: Mapping[str, Any]) -> None:
+        """Write ``report.json`` and ``report.md`` anew; a card that others have added to stays."""
+        write_json(self.path / REPORT_JSON, report)
+        write_text(self.path / REPORT_TEXT, render_report(report))
 
-def environment(base_model: str | None = None) -> dict[str, Any]:
-    """What a result depends on: versions, the command and the model it started from.
+
+def environment(base_model: str | None = None, datasets: Sequence[str] = ()) -> dict[str, Any]:
+    """What a result depends on: versions, the command, the model it started from and the data.
 
     Args:
         base_model: Repo id or path of the model, when known.
+        datasets: Repo ids of the datasets, where known.
     """
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     command = shlex.join(["python", *sys.argv]) if sys.argv[0].endswith(".py") else shlex.join(sys.argv)
-    return {"versions": versions, "command": command, "base_model": base_model, "library_name": "transformers"}
+    named = {"base_model": base_model, "library_name": "transformers"}
+    return {"versions": versions, "command": command, **named, **({"datasets": list(datasets)} if datasets else {})}

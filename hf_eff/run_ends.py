@@ -13,7 +13,11 @@ from hf_eff.files import write_text
 from hf_eff.governor import GovernorLog
 from hf_eff.memory import MemoryStack
 from hf_eff.numerics.flops import forward_flops
+from hf_eff.publish.bundle import figures
+from hf_eff.publish.evaluation import evaluation_of
 from hf_eff.report import build_report, render_run_card
+from hf_eff.report.run_card import add_to_card
+from hf_eff.report.secrets import publishable
 from hf_eff.report.selection_report import FOLDER as SELECTION_REPORT
 from hf_eff.run import BudgetedRun
 from hf_eff.run_directory import CARD, RunDirectory, environment
@@ -45,7 +49,8 @@ def start_run(trainer: Any, plan: Plan, checkpoint: Path | None) -> BudgetedRun:
     if any(chosen.spec.traits.needs_backward for chosen in plan.resolved.memory):
         refuse_packed(unwrapped)
     model = model_facts(unwrapped)
-    run = BudgetedRun(plan, trainer.memory_stack, model, RunDirectory(trainer.args.output_dir))
+    directory = RunDirectory(trainer.args.output_dir)
+    run = BudgetedRun(plan, trainer.memory_stack, model, directory, trainer._objective)  # noqa: SLF001
     if checkpoint is not None:
         run.restore(checkpoint)
     if run.ranks.is_first:
@@ -121,13 +126,23 @@ def finish_run(trainer: Any, run: BudgetedRun) -> dict[str, Any]:
         },
         _chosen_rows(selection) if selection is not None else None,
         {"ended": run.stop.reason} if stopped_by else None,
-        environment(getattr(getattr(trainer.model, "config", None), "_name_or_path", None) or None),
+        environment(getattr(getattr(trainer.model, "config", None), "_name_or_path", None) or None, _datasets(trainer)),
     )
+    report["plan"] = publishable(str(run.plan).splitlines())
+    report["evaluation"] = evaluation_of(trainer.state.log_history, trainer.data_origins)
     if run.ranks.is_first:
         if run.supervisor is not None and run.supervisor.log is not None:
             run.supervisor.log.finish({"steps": run.steps_done, "ended": run.stop.reason})
         run.directory.write_report(report)
+        if run.replay_log is not None:
+            run.write_log(run.directory.path, trainer.accelerator.unwrap_model(trainer.model))
     return report
+
+
+def _datasets(trainer: Any) -> list[str]:
+    """Hub datasets of the run, as ids."""
+    found = [trainer.data_origins.get("train"), *trainer.data_origins.get("eval", {}).values()]
+    return list(dict.fromkeys(origin["repo_id"] for origin in found if origin is not None))
 
 
 def _chosen_rows(selection: Selection) -> dict[str, Any]:
@@ -147,8 +162,8 @@ def _chosen_rows(selection: Selection) -> dict[str, Any]:
 
 
 def extend_card(report: dict[str, Any], folder: str | Path) -> None:
-    """Append the run's own card, without its YAML head, to the card that transformers or TRL wrote."""
+    """Add the run's own card to the one that transformers or TRL wrote."""
     path = Path(folder) / CARD
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
-    body = render_run_card(report).split("---\n", 2)[-1].strip()
-    write_text(path, f"{before.rstrip()}\n\n{body}\n" if before else render_run_card(report))
+    card = render_run_card(report, figures(Path(folder)))
+    write_text(path, add_to_card(before, card) if before else card)

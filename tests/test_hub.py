@@ -167,7 +167,13 @@ def test_pulled_files_are_plain_copies_of_the_cache(monkeypatch, tmp_path):
     assert asked == [
         (
             "user/repo",
-            {"repo_type": "dataset", "revision": "v1", "allow_patterns": ["selections/a/*"], "token": TOKEN},
+            {
+                "repo_type": "dataset",
+                "revision": "v1",
+                "allow_patterns": ["selections/a/*"],
+                "token": TOKEN,
+                "force_download": False,
+            },
         )
     ]
 

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, load_dataset
 
-from hf_eff import manifest as manifest_module
 from hf_eff.errors import ManifestError, OptionError
 from hf_eff.manifest import MANIFEST, ROWS, Selection, build_manifest, describe_scores, files, read_manifest
 from hf_eff.numerics.row_hash import hash_of_hashes, row_hashes
@@ -135,9 +134,9 @@ def test_an_edit_outside_the_choice_is_found_by_full_verification_only():
     edited = POOL.map(lambda row, i: {"completion": "!" if i == 12 else row["completion"]}, with_indices=True)
     selection = selection_of()
     assert len(selection.apply(edited)) == 4
-    selection.verify(POOL, full=True)
+    selection.verify(POOL, level="full")
     with pytest.raises(ManifestError, match="other rows of the dataset have changed or moved"):
-        selection.verify(edited, full=True)
+        selection.verify(edited, level="full")
 
 
 def test_a_shuffled_copy_is_named_and_can_be_rematched():
@@ -162,7 +161,7 @@ def test_repeated_rows_are_each_taken_once():
     twice = Dataset.from_list([{"prompt": "same", "completion": "same"}] * 3 + [{"prompt": "x", "completion": "y"}])
     selection = selection_of(twice, [0, 2, 3], weights=None)
     turned = twice.select([3, 2, 1, 0])
-    assert sorted(selection._found_by_content(turned).tolist()) == [0, 1, 2]
+    assert sorted(selection.locate(turned, on_mismatch="rematch").tolist()) == [0, 1, 2]
     with pytest.raises(ManifestError, match="fewer copies of a repeated row"):
         selection.apply(twice.select([0, 3]), on_mismatch="rematch")
 
@@ -170,14 +169,15 @@ def test_repeated_rows_are_each_taken_once():
 def test_a_stream_is_matched_by_content_even_after_a_shuffle():
     stream = selection_of().apply(POOL.to_iterable_dataset(num_shards=4).shuffle(seed=3, buffer_size=20))
     assert sorted(row["prompt"] for row in stream) == sorted(f"question {i}" for i in CHOSEN)
-    pickle.dumps(manifest_module._RowFilter(frozenset("a"), None))
     with pytest.raises(ManifestError, match="no row hashes"):
         selection_of(row_hashes=None).apply(POOL.to_iterable_dataset())
 
 
 def test_unknown_policy_is_refused():
-    with pytest.raises(OptionError, match="on_mismatch must be 'error' or 'rematch', got 'warn'"):
-        selection_of().apply(POOL, on_mismatch="warn")
+    with pytest.raises(OptionError, match=r"on_mismatch must be one of \['error', 'rematch', 'warn'\], got 'ignore'"):
+        selection_of().apply(POOL, on_mismatch="ignore")
+    with pytest.raises(OptionError, match=r"level must be one of \['fast', 'rows', 'full'\], got 'deep'"):
+        selection_of().verify(POOL, "deep")
 
 
 # -- tampering
@@ -203,7 +203,7 @@ def with_table(folder, change):
     """Replace the rows and the manifest's hash of them: only the content can give it away."""
     table = pq.read_table(folder / ROWS)
     pq.write_table(change(table), folder / ROWS)
-    digest = files._sha256(folder / ROWS)
+    digest = files.file_hash(folder / ROWS)
     edit(folder, lambda values: values["selection"].update(sha256=digest))
 
 
@@ -265,8 +265,8 @@ def test_bad_json_is_named(saved, text, message):
         (lambda m: m.update(dataset=3), "manifest.dataset must be an object"),
         (lambda m: m.update(format_version=2), "version 2; this release of hf_eff reads"),
         (lambda m: m.update(format="pickle"), "has format 'pickle'"),
-        (lambda m: m["dataset"]["row_hash"].update(algo="md5"), "manifest.dataset.row_hash must be"),
-        (lambda m: m["dataset"].update(columns=[["a"]]), "manifest.dataset.columns must be names"),
+        (lambda m: m["dataset"]["row_hash"].update(algo="md5"), "row_hash.algo is 'md5'; this release of hf_eff reads"),
+        (lambda m: m["dataset"].update(columns=[["a"]]), r"manifest.dataset.columns\[0\] must be str, got list"),
     ],
     ids=["top", "nested", "lost", "text", "bool", "shape", "version", "format", "hash", "columns"],
 )
@@ -293,7 +293,7 @@ def test_links_are_not_followed(saved, tmp_path):
 
 
 def test_a_manifest_too_large_is_not_read(saved, monkeypatch):
-    monkeypatch.setattr(files, "_MAX_MANIFEST_BYTES", 100)
+    monkeypatch.setattr(files, "MAX_MANIFEST_BYTES", 100)
     with pytest.raises(ManifestError, match="larger than a manifest may be"):
         read_manifest(saved / MANIFEST)
 

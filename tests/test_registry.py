@@ -57,7 +57,7 @@ def test_did_you_mean():
 
 
 def test_unknown_name_lists_what_there_is():
-    with pytest.raises(UnknownMethodError, match=r"Available: \['apollo'"):
+    with pytest.raises(UnknownMethodError, match=r"Available: \['addax'"):
         get_method("memory", "zzz")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from hf_eff.cli import COMMANDS
@@ -15,7 +15,14 @@ from hf_eff.errors import EffError, OptionError
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+    from hf_eff.recipe import Recipe
+
 TASKS = ("sft", "trainer")
+_RENAMED = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "gradient_checkpointing": "activation_checkpointing",
+}
+"""One option under two names, by version of transformers."""
 
 
 @dataclass
@@ -68,7 +75,7 @@ class RunFlags:
 
 
 def parse_run(argv: Sequence[str], command: str) -> tuple[RunFlags, TrainingArguments]:
-    """Read flags and ``--config``.
+    """Read flags, ``--config`` and ``--recipe``; the first named wins.
 
     Args:
         argv: Words after the command.
@@ -78,8 +85,13 @@ def parse_run(argv: Sequence[str], command: str) -> tuple[RunFlags, TrainingArgu
         OptionError: A flag or value is wrong.
     """
     config, words = read_config(argv)
-    parser = _parser(_arguments_class(_task(words, config)), command)
-    parser.apply_config({"use_cpu": _is_cpu_only(), **config})
+    recipe, words = _read_recipe(words)
+    settings = {} if recipe is None else _under(recipe.settings(), {*config, *_named(words)})
+    arguments = _arguments_class(_task(words, {**settings, **config}))
+    if recipe is not None:
+        settings = _fitting(settings, arguments, recipe.name)
+    parser = _parser(arguments, command)
+    parser.apply_config({"use_cpu": _is_cpu_only(), **settings, **config})
     try:
         parsed = parser.parse_args_into_dataclasses(args=words, return_remaining_strings=True, look_for_args_file=False)
     except EffError:
@@ -88,6 +100,52 @@ def parse_run(argv: Sequence[str], command: str) -> tuple[RunFlags, TrainingArgu
         raise OptionError(" ".join(str(error).split()) or type(error).__name__) from error
     parser.refuse_unknown(parsed[-1])
     return parsed[0], parsed[1]
+
+
+def _read_recipe(argv: Sequence[str]) -> tuple[Recipe | None, list[str]]:
+    """Split ``--recipe`` off and read what it names, a file or a recipe of the Hub."""
+    finder = SentenceErrors(prog="hf-eff", add_help=False, allow_abbrev=False)
+    finder.add_argument("--recipe")
+    found, rest = finder.parse_known_args(list(argv))
+    if found.recipe is None:
+        return None, rest
+    from hf_eff.recipe import Recipe
+
+    recipe = Recipe.from_pretrained(found.recipe)
+    recipe.resolve()
+    return recipe, rest
+
+
+def _named(words: Sequence[str]) -> set[str]:
+    """Options that are given as flags."""
+    return {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")}
+
+
+def _under(settings: dict[str, Any], given: set[str]) -> dict[str, Any]:
+    """A recipe's settings without the options of methods that are replaced by other ones."""
+    replaced = {f"{kind}_kwargs" for kind in ("selection", "memory", "governor") if kind in given}
+    columns = ("text_column", "prompt_column", "completion_column", "dataset_config", "split", "eval_split")
+    replaced |= set(columns) if "dataset" in given else set()
+    return {key: value for key, value in settings.items() if key not in replaced}
+
+
+def _fitting(settings: dict[str, Any], arguments: Any, name: str) -> dict[str, Any]:
+    """A recipe's settings under the names that these arguments have.
+
+    Raises:
+        OptionError: They lack one of them.
+    """
+    known = {each.name for each in fields(RunFlags)} | {each.name for each in fields(arguments) if each.init}
+    fitting = {}
+    for key, value in settings.items():
+        other = _RENAMED.get(key)
+        if key not in known and other not in known:
+            raise OptionError(f"recipe {name!r} sets {key!r}, which {arguments.__name__} does not have; see --task.")
+        if key in known:
+            fitting[key] = value
+        elif other not in settings:
+            fitting[str(other)] = value
+    return fitting
 
 
 def _task(words: Sequence[str], config: dict[str, Any]) -> str:
@@ -125,4 +183,5 @@ def _parser(arguments: Any, command: str) -> Any:
     flags: Any = RunFlags
     parser = Parser([flags, arguments], prog=f"hf-eff {command}", description=COMMANDS[command], allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with any of these options; flags override it")
+    parser.add_argument("--recipe", help="recipe file or user/repo[/name][@revision]; flags and --config override it")
     return parser

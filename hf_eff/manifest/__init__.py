@@ -1,12 +1,15 @@
 """A selection as data: which rows, why, from which dataset, by what, at what cost; never the rows themselves.
 
-A folder holds ``manifest.json`` and ``train.parquet``, see ``schema`` and ``files``.
+A folder holds ``manifest.json`` and ``train.parquet``, see ``schema`` and ``files``. Ten million rows take a few
+hundred megabytes: nothing holds a Python object a row.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections import defaultdict, deque
+import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +17,58 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from hf_eff.errors import ManifestError, OptionError
-from hf_eff.manifest.files import COLUMNS, MANIFEST, ROWS, canonical_json, read_manifest, read_pair, write_pair
+from hf_eff.errors import EffWarning, ManifestError, OptionError
+from hf_eff.manifest.columns import HashColumn, TextColumn
+from hf_eff.manifest.files import (
+    COLUMNS,
+    MANIFEST,
+    ROWS,
+    canonical_json,
+    file_hash,
+    manifest_text,
+    read_manifest,
+    read_pair,
+    write_pair,
+)
+from hf_eff.manifest.matching import (
+    ABSENT,
+    TOO_FEW,
+    RowFilter,
+    RowView,
+    changed_places,
+    columns_of,
+    content,
+    content_digest,
+    found_positions,
+    hub_origin,
+    taken,
+)
 from hf_eff.manifest.schema import build_manifest, check_manifest, describe_scores
-from hf_eff.numerics.row_hash import hash_of_hashes, row_hash, row_hashes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["MANIFEST", "ROWS", "RowView", "Selection", "build_manifest", "describe_scores", "read_manifest"]
+__all__ = [
+    "MANIFEST",
+    "ROWS",
+    "RowView",
+    "Selection",
+    "SelectionMismatchWarning",
+    "build_manifest",
+    "describe_scores",
+    "read_manifest",
+]
+
+Level = Literal["fast", "rows", "full"]
+OnMismatch = Literal["error", "rematch", "warn"]
+_LEVELS, _POLICIES = ("fast", "rows", "full"), ("error", "rematch", "warn")
+_BLOCK = 2**16
+
+
+class SelectionMismatchWarning(EffWarning):
+    """Rows were taken by number from a dataset that is not the one they were chosen from."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -33,11 +78,11 @@ class Selection:
     Attributes:
         indices: [k] int64 positions in the dataset, in order of preference, distinct.
         manifest: Where the choice comes from, in the format of ``manifest.json``.
-        row_hashes: [k] content hashes of the chosen rows, or None where rows cannot be verified.
+        row_hashes: [k] content hashes of the chosen rows (``HashColumn``), or None where rows cannot be verified.
         scores: [k] float32 scores of the chosen rows, or None when the method does not score.
         weights: [k] float32 training weights, or None for equal weights.
-        reasons: [k] one short reason each.
-        row_ids: [k] the dataset's own ids, or None.
+        reasons: [k] one short reason each (``TextColumn``).
+        row_ids: [k] the dataset's own ids (``TextColumn``), or None.
         all_scores: [N] scores of every candidate, in memory only; NaN where invalid.
 
     Raises:
@@ -59,7 +104,11 @@ class Selection:
         for name in ("scores", "weights"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float32))
-        object.__setattr__(self, "reasons", list(self.reasons) or [""] * len(self))
+        for name, column in (("row_hashes", HashColumn), ("row_ids", TextColumn)):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, column.of(getattr(self, name)))
+        reasons = TextColumn.of(self.reasons) if len(self.reasons) else TextColumn.repeated("", len(self))
+        object.__setattr__(self, "reasons", reasons)
         check_manifest(self.manifest)
         self._check_values()
 
@@ -72,7 +121,7 @@ class Selection:
         about, rows = self.manifest["selection"], self.manifest["dataset"]["num_rows"]
         return f"{type(self).__name__}({about['method']!r}, {len(self)} of {rows} rows, digest {self.digest[:12]})"
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """Identity of the choice: rows, weights, method, options, seed and dataset.
 
@@ -81,50 +130,78 @@ class Selection:
         """
         about, data = self.manifest["selection"], self.manifest["dataset"]
         identity = {
-            "indices": self.indices.tolist(),
-            "weights": None if self.weights is None else self.weights.tolist(),
+            "indices": self.indices,
+            "weights": self.weights,
             **{name: about[name] for name in ("method", "params", "seed")},
             "dataset": [data["num_rows"], data["digest"]],
         }
-        return hashlib.blake2b(canonical_json(identity).encode(), digest_size=16).hexdigest()
+        digest = hashlib.blake2b(digest_size=16)
+        for place, name in enumerate(sorted(identity)):
+            digest.update(f"{', ' if place else '{'}{canonical_json(name)}: ".encode())
+            _hash_json(digest, identity[name])
+        digest.update(b"}")
+        return digest.hexdigest()
 
-    def verify(self, dataset: Any, *, full: bool = False) -> None:
+    @functools.cached_property
+    def identity(self) -> str:
+        """SHA-256 of ``manifest.json`` as ``save`` writes it: what a descendant names as its parent."""
+        if self.manifest["selection"]["sha256"]:
+            return hashlib.sha256(manifest_text(self.manifest).encode()).hexdigest()
+        with tempfile.TemporaryDirectory() as folder:
+            return file_hash(self.save(folder) / MANIFEST)
+
+    def verify(self, dataset: Any, level: Level = "rows") -> None:
         """Check that ``dataset`` is the one the rows were chosen from.
 
         Args:
             dataset: ``datasets.Dataset`` or any sequence of mappings.
-            full: Hash every row and compare their order too, instead of the chosen rows only.
+            level: ``"fast"`` compares names: repository and revision (where both are known), columns and number of
+                rows. ``"rows"`` hashes the chosen rows. ``"full"`` hashes every row and compares their order too.
 
         Raises:
             ManifestError: It differs; the message says in what.
+            OptionError: ``level`` is not known.
         """
-        if problem := self._difference(dataset, full=full):
+        if problem := self._difference(dataset, level):
             raise ManifestError(problem)
 
-    def apply(self, dataset: Any, *, on_mismatch: Literal["error", "rematch"] = "error") -> Any:
-        """The chosen rows of ``dataset``, verified by content.
+    def apply(self, dataset: Any, *, on_mismatch: OnMismatch = "error", level: Level = "rows") -> Any:
+        """The chosen rows of ``dataset``, verified.
 
         Args:
             dataset: ``datasets.Dataset``, any sequence of mappings, or a stream
                 (``datasets.IterableDataset``). A stream keeps its order: rows are matched by
                 content as they pass, and rows that never come are not missed.
-            on_mismatch: ``"error"``, or ``"rematch"`` to find the chosen rows by content in a
-                shuffled, filtered or extended copy.
+            on_mismatch: ``"error"``; ``"rematch"`` to find the chosen rows by their ids, or else by content, in a
+                shuffled, filtered or extended copy; ``"warn"`` to take them by number all the same.
+            level: How much to verify, see ``verify``.
 
         Raises:
             ManifestError: The dataset differs, or chosen rows are not in it.
-            OptionError: ``on_mismatch`` is not known.
+            OptionError: ``on_mismatch`` or ``level`` is not known.
         """
-        if on_mismatch not in ("error", "rematch"):
-            raise OptionError(f"on_mismatch must be 'error' or 'rematch', got {on_mismatch!r}.")
         if not hasattr(dataset, "__len__"):
+            _check_one_of("on_mismatch", on_mismatch, _POLICIES)
             return self._matching(dataset)
-        indices = self.indices
-        if problem := self._difference(dataset):
-            if on_mismatch == "error":
-                raise ManifestError(problem)
-            indices = self._found_by_content(dataset)
-        return dataset.select(indices) if hasattr(dataset, "select") else RowView(dataset, indices)
+        return taken(dataset, self.locate(dataset, on_mismatch=on_mismatch, level=level))
+
+    def locate(self, dataset: Any, *, on_mismatch: OnMismatch = "error", level: Level = "rows") -> np.ndarray:
+        """[k] positions of the chosen rows in ``dataset``; see ``apply``.
+
+        Raises:
+            ManifestError: The dataset differs, or chosen rows are not in it.
+            OptionError: ``on_mismatch`` or ``level`` is not known.
+        """
+        _check_one_of("on_mismatch", on_mismatch, _POLICIES)
+        problem = self._difference(dataset, level, explain=on_mismatch != "rematch")
+        if problem is None:
+            return self.indices
+        if on_mismatch == "rematch":
+            return self._found(dataset)
+        if on_mismatch == "error" or (len(self) and self.indices.max() >= len(dataset)):
+            raise ManifestError(problem)
+        warnings.warn(SelectionMismatchWarning(f"{problem} Its rows are taken by number."), stacklevel=3)
+        return self.indices
 
     def save(self, directory: str | Path) -> Path:
         """Write ``manifest.json`` and ``train.parquet``; an older pair stays whole until both are complete.
@@ -143,32 +220,32 @@ class Selection:
         folder raises ``ManifestError``.
         """
         manifest, table = read_pair(Path(directory))
-        rows = table.to_pydict()
+        hashes, ids = _whole(table, "row_hash"), _whole(table, "row_id")
+        scores, weights = _whole(table, "score"), _whole(table, "weight")
         return cls(
-            indices=np.asarray(rows["index"], dtype=np.int64),
+            indices=table.column("index").to_numpy(),
             manifest=manifest,
-            row_hashes=_optional(rows["row_hash"]),
-            scores=_optional(rows["score"], np.float32),
-            weights=_optional(rows["weight"], np.float32),
-            reasons=[reason or "" for reason in rows["reason"]],
-            row_ids=_optional(rows["row_id"]),
+            row_hashes=None if hashes is None else HashColumn.of(hashes),
+            scores=None if scores is None else scores.to_numpy(),
+            weights=None if weights is None else weights.to_numpy(),
+            reasons=TextColumn(table.column("reason")),
+            row_ids=None if ids is None else TextColumn.of(ids),
         )
 
     def _table(self) -> pa.Table:
-        count = len(self)
-        return pa.table(
-            {
-                "index": self.indices,
-                "row_hash": self.row_hashes if self.row_hashes is not None else [None] * count,
-                "row_id": self.row_ids if self.row_ids is not None else [None] * count,
-                "score": self.scores if self.scores is not None else [None] * count,
-                "weight": self.weights if self.weights is not None else [None] * count,
-                "rank": np.arange(count),
-                "phase": np.zeros(count, dtype=np.int32),
-                "reason": list(self.reasons),
-            },
-            schema=COLUMNS,
-        )
+        count, phase = len(self), self.manifest["selection"]["phases"]
+        columns = {
+            "index": pa.array(self.indices),
+            "row_hash": None if self.row_hashes is None else HashColumn.of(self.row_hashes).arrow(),
+            "row_id": None if self.row_ids is None else TextColumn.of(self.row_ids).arrow(),
+            "score": None if self.scores is None else pa.array(self.scores),
+            "weight": None if self.weights is None else pa.array(self.weights),
+            "rank": pa.array(np.arange(count, dtype=np.int32)),
+            "phase": pa.array(np.full(count, phase[-1]["phase"] if phase else 0, dtype=np.int32)),
+            "reason": TextColumn.of(self.reasons).arrow(),
+        }
+        filled = {name: pa.nulls(count, COLUMNS.field(name).type) if c is None else c for name, c in columns.items()}
+        return pa.table(filled, schema=COLUMNS)
 
     def _check_values(self) -> None:
         about, num_rows = self.manifest["selection"], self.manifest["dataset"]["num_rows"]
@@ -186,36 +263,42 @@ class Selection:
         if self.weights is not None and not (np.isfinite(self.weights).all() and (self.weights >= 0).all()):
             raise ManifestError("weights must be finite and not negative.")
 
-    def _columns(self, dataset: Any) -> Sequence[str] | None:
-        """Columns that count. A dataset without one of them cannot be verified."""
-        columns: Sequence[str] | None = self.manifest["dataset"]["columns"]
-        present = getattr(dataset, "column_names", None)
-        if present is None and len(dataset):
-            present = list(dataset[0])
-        missing = [name for name in columns or () if present is not None and name not in present]
-        if missing:
-            raise ManifestError(f"the dataset lacks the columns {missing}; it has {sorted(present or ())}.")
-        return columns
+    def _difference(self, dataset: Any, level: Level, *, explain: bool = True) -> str | None:
+        """What tells ``dataset`` from the one that was selected from, in one sentence, or None.
 
-    def _difference(self, dataset: Any, *, full: bool = False) -> str | None:
-        """What tells ``dataset`` from the one that was selected from, or None."""
+        ``explain`` looks through all rows for the chosen ones, to tell an edit from a shuffle.
+        """
+        _check_one_of("level", level, _LEVELS)
         about = self.manifest["dataset"]
-        columns = self._columns(dataset)
+        columns = columns_of(dataset, about["columns"])
+        moved = self._other_origin(dataset)
+        prefix = f"{moved}, and " if moved else ""
         if len(dataset) != about["num_rows"]:
-            return f"the dataset has {len(dataset)} rows; the selection was made from {about['num_rows']}."
+            return f"{prefix}the dataset has {len(dataset)} rows; the selection was made from {about['num_rows']}."
+        if level == "fast":
+            return f"{moved}." if moved else None
         if self.row_hashes is None:
             return None
-        found = row_hashes(_rows(dataset, self.indices), columns)
-        wrong = [i for i, (a, b) in enumerate(zip(found, self.row_hashes, strict=True)) if a != b]
-        if wrong:
-            return self._describe(wrong, dataset, columns)
-        if full and hash_of_hashes(row_hashes(dataset, columns)) != about["digest"]:
-            return "the chosen rows are the same, but other rows of the dataset have changed or moved."
+        wrong = changed_places(HashColumn.of(self.row_hashes), dataset, columns, self.indices)
+        if len(wrong):
+            return prefix + (self._describe(wrong, dataset, columns) if explain else f"{len(wrong)} rows differ.")
+        if level == "full" and content_digest(dataset, columns) != about["digest"]:
+            return f"{prefix}the chosen rows are the same, but other rows of the dataset have changed or moved."
         return None
 
-    def _describe(self, wrong: Sequence[int], dataset: Any, columns: Sequence[str] | None) -> str:
-        assert self.row_hashes is not None  # noqa: S101 - only called after comparing hashes
-        if set(self.row_hashes) <= set(row_hashes(dataset, columns)):
+    def _other_origin(self, dataset: Any) -> str | None:
+        """In what the names of the two datasets differ, where both are known."""
+        about, (repo, _, revision) = self.manifest["dataset"], hub_origin(dataset)
+        if repo is None or about["repo_id"] is None:
+            return None
+        if repo != about["repo_id"]:
+            return f"the dataset is {repo}; the selection was made from {about['repo_id']}"
+        if revision != about["revision"] and about["revision"] is not None:
+            return f"the dataset is {repo} at revision {revision}; the selection was made at {about['revision']}"
+        return None
+
+    def _describe(self, wrong: np.ndarray, dataset: Any, columns: Sequence[str] | None) -> str:
+        if (found_positions(HashColumn.of(self.row_hashes), content(dataset, columns)) != ABSENT).all():
             return (
                 f"the dataset holds the chosen rows in another order, as a shuffled copy would ({len(wrong)} of "
                 f"{len(self)} are elsewhere); pass the original or on_mismatch='rematch'."
@@ -224,62 +307,72 @@ class Selection:
         more = ", ..." if len(wrong) > 5 else ""
         return f"{len(wrong)} of {len(self)} chosen rows have another content than when selected: row {first}{more}."
 
-    def _found_by_content(self, dataset: Any) -> np.ndarray:
+    def _found(self, dataset: Any) -> np.ndarray:
+        """[k] positions of the chosen rows, by id where the dataset has ids, else by content."""
+        columns = columns_of(dataset, self.manifest["dataset"]["columns"])
+        name = self.manifest["dataset"]["preprocess"].get("id_column")
+        if self.row_ids is not None and name in (getattr(dataset, "column_names", None) or ()):
+            return self._found_by_id(dataset, name, columns)
         if self.row_hashes is None:
-            raise ManifestError("this selection has no row hashes, so its rows cannot be found by content.")
-        places: dict[str, deque[int]] = defaultdict(deque)
-        for position, value in enumerate(row_hashes(dataset, self._columns(dataset))):
-            places[value].append(position)
-        lost = [int(i) for i, value in zip(self.indices, self.row_hashes, strict=True) if value not in places]
-        if lost:
+            raise ManifestError("this selection has neither row hashes nor ids, so its rows cannot be found elsewhere.")
+        found = found_positions(HashColumn.of(self.row_hashes), content(dataset, columns))
+        if len(lost := self.indices[found == ABSENT]):
             raise ManifestError(
                 f"{len(lost)} of {len(self)} chosen rows are not in the dataset; the first was row {lost[0]}."
             )
-        try:
-            # Equal rows are interchangeable, but each is taken once.
-            return np.array([places[value].popleft() for value in self.row_hashes], dtype=np.int64)
-        except IndexError:
-            raise ManifestError("the dataset holds fewer copies of a repeated row than were chosen.") from None
+        if (found == TOO_FEW).any():
+            raise ManifestError("the dataset holds fewer copies of a repeated row than were chosen.")
+        return found
+
+    def _found_by_id(self, dataset: Any, name: str, columns: Sequence[str] | None) -> np.ndarray:
+        """[k] positions of the rows with the chosen ids, whose content must be what it was."""
+        ids = TextColumn.of([str(value) for value in dataset[name]]).arrow()
+        if len(ids.unique()) != len(ids):
+            raise ManifestError(f"the ids in column {name!r} of the dataset repeat, so rows cannot be found by them.")
+        wanted = TextColumn.of(self.row_ids).arrow()
+        found = pc.index_in(wanted, value_set=ids)
+        if found.null_count:
+            lost = wanted.filter(found.is_null())[0].as_py()
+            raise ManifestError(f"{found.null_count} of {len(self)} chosen rows are not in the dataset: id {lost!r}.")
+        positions = found.to_numpy().astype(np.int64)
+        if self.row_hashes is not None:
+            wrong = changed_places(HashColumn.of(self.row_hashes), dataset, columns, positions)
+            if len(wrong):
+                raise ManifestError(
+                    f"{len(wrong)} of {len(self)} chosen rows have another content than when selected: "
+                    f"id {wanted[int(wrong[0])].as_py()!r}."
+                )
+        return positions
 
     def _matching(self, stream: Any) -> Any:
         if self.row_hashes is None:
             raise ManifestError("this selection has no row hashes, so its rows cannot be found in a stream.")
-        return stream.filter(_RowFilter(frozenset(self.row_hashes), self.manifest["dataset"]["columns"]))
+        columns = columns_of(stream, self.manifest["dataset"]["columns"])
+        return stream.filter(RowFilter.of(HashColumn.of(self.row_hashes), columns))
 
 
-@dataclass(frozen=True)
-class _RowFilter:
-    """Picklable test of a row's content, for data loader workers."""
-
-    wanted: frozenset[str]
-    columns: Sequence[str] | None
-
-    def __call__(self, row: Mapping[str, Any]) -> bool:
-        return row_hash(row, self.columns) in self.wanted
-
-
-class RowView(Sequence[Any]):
-    """Some rows of a sequence, by position; a map-style dataset for a data loader."""
-
-    def __init__(self, rows: Any, indices: np.ndarray) -> None:
-        self.rows, self.indices = rows, indices
-
-    def __len__(self) -> int:
-        """Number of rows shown."""
-        return len(self.indices)
-
-    def __getitem__(self, position: Any) -> Any:
-        """One row; a slice gives a view."""
-        if isinstance(position, slice):
-            return RowView(self.rows, self.indices[position])
-        return self.rows[int(self.indices[position])]
-
-
-def _optional(values: list[Any], dtype: Any = None) -> Any:
-    if any(value is None for value in values) or not values:
+def _whole(table: pa.Table, name: str) -> pa.ChunkedArray | None:
+    """A column that has a value for every row, or None where it has none at all."""
+    column = table.column(name)
+    if column.null_count == len(column):
         return None
-    return values if dtype is None else np.asarray(values, dtype=dtype)
+    if column.null_count:
+        raise ManifestError(f"{column.null_count} of {len(column)} rows have no {name}; a column is whole or absent.")
+    return column
 
 
-def _rows(dataset: Any, indices: np.ndarray) -> Any:
-    return dataset.select(indices) if hasattr(dataset, "select") else RowView(dataset, indices)
+def _check_one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise OptionError(f"{name} must be one of {list(allowed)}, got {value!r}.")
+
+
+def _hash_json(digest: Any, value: Any) -> None:
+    """Feed a value's canonical JSON to a hash; arrays block by block."""
+    if not isinstance(value, np.ndarray):
+        digest.update(canonical_json(value).encode())
+        return
+    digest.update(b"[")
+    for start in range(0, len(value), _BLOCK):
+        text = canonical_json(value[start : start + _BLOCK].tolist())[1:-1]
+        digest.update((", " if start else "").encode() + text.encode())
+    digest.update(b"]")

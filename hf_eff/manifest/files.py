@@ -9,15 +9,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hf_eff.errors import ManifestError
-from hf_eff.manifest.schema import check_manifest
+from hf_eff.manifest.columns import text_lengths
+from hf_eff.manifest.schema import check_manifest, check_values
 
 MANIFEST, ROWS = "manifest.json", "train.parquet"
 _NEW_MANIFEST, _NEW_ROWS = ".manifest.json.new", ".train.parquet.new"
-_MAX_MANIFEST_BYTES = 16 * 2**20
+MAX_MANIFEST_BYTES = 16 * 2**20
+_MAX_TEXT_BYTES = {"row_hash": 32, "row_id": 1024, "reason": 1024}
 COLUMNS = pa.schema(
     [
         ("index", pa.int64()),
@@ -41,13 +44,14 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file() or file.is_symlink():
         raise ManifestError(f"{file} is not a manifest file.")
-    if file.stat().st_size > _MAX_MANIFEST_BYTES:
-        raise ManifestError(f"{file} is larger than a manifest may be ({_MAX_MANIFEST_BYTES // 2**20} MiB).")
+    if file.stat().st_size > MAX_MANIFEST_BYTES:
+        raise ManifestError(f"{file} is larger than a manifest may be ({MAX_MANIFEST_BYTES // 2**20} MiB).")
     try:
         text = file.read_text(encoding="utf-8")
         manifest = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_distinct_keys)
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{file} is not valid JSON: {error}.") from None
+    check_values(manifest)
     check_manifest(manifest)
     return dict(manifest)
 
@@ -64,9 +68,11 @@ def write_pair(folder: Path, manifest: Mapping[str, Any], table: pa.Table) -> No
     """
     complete = json.loads(canonical_json(manifest))
     folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, folder / _NEW_ROWS)
-    complete["selection"] |= {"file": ROWS, "sha256": _sha256(folder / _NEW_ROWS)}
-    (folder / _NEW_MANIFEST).write_text(canonical_json(complete, indent=2) + "\n", encoding="utf-8")
+    for name, limit in _MAX_TEXT_BYTES.items():
+        _refuse_long(table, name, limit, "the selection")
+    pq.write_table(table, folder / _NEW_ROWS, compression="zstd", use_dictionary=["reason"])
+    complete["selection"] |= {"file": ROWS, "sha256": file_hash(folder / _NEW_ROWS)}
+    (folder / _NEW_MANIFEST).write_text(manifest_text(complete), encoding="utf-8")
     for name in (_NEW_ROWS, _NEW_MANIFEST):
         _flush(folder / name)
     # Stopped between these two, read_pair finds rows that fit the new manifest only, and takes that.
@@ -87,7 +93,7 @@ def read_pair(folder: Path) -> tuple[dict[str, Any], pa.Table]:
             continue
         manifest = read_manifest(folder / name)
         rows = _inside(folder, manifest["selection"]["file"])
-        if rows.is_file() and _sha256(rows) == manifest["selection"]["sha256"]:
+        if rows.is_file() and file_hash(rows) == manifest["selection"]["sha256"]:
             return manifest, _read_rows(rows, manifest["selection"]["num_selected"])
     raise ManifestError(
         f"{folder / ROWS} is missing, truncated or not the file that {MANIFEST} describes (SHA-256 differs); "
@@ -95,19 +101,43 @@ def read_pair(folder: Path) -> tuple[dict[str, Any], pa.Table]:
     )
 
 
+def rows_limit(num_selected: int) -> int:
+    """Bytes that the rows file of so many rows may take: more is no selection."""
+    return 16 * 2**20 + 4096 * max(0, num_selected)
+
+
 def _read_rows(path: Path, expected: int) -> pa.Table:
+    if path.stat().st_size > rows_limit(expected):
+        raise ManifestError(f"{path} is larger than {expected} rows may be ({rows_limit(expected) / 2**20:.0f} MiB).")
     try:
-        with pq.ParquetFile(path) as file:
+        # As dictionaries, a text that is repeated a billion times costs no more than once.
+        with pq.ParquetFile(path, read_dictionary=list(_MAX_TEXT_BYTES)) as file:
             if file.metadata.num_rows != expected:
                 raise ManifestError(f"{path} has {file.metadata.num_rows} rows; its manifest says {expected}.")
+            _check_columns(path, file.schema_arrow)
             table = file.read()
-    except (pa.ArrowException, OSError) as error:
-        raise ManifestError(f"{path} is not readable as Parquet: {error}.") from None
-    if not table.schema.equals(COLUMNS):
-        raise ManifestError(f"{path} must have the columns {COLUMNS.names} in their types, got {table.schema.names}.")
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ManifestError(f"{path} is not readable as Parquet: {' '.join(str(error).split())}.") from None
     if table.column("index").null_count:
         raise ManifestError(f"{path} has rows without an index.")
+    if table.column("reason").null_count:
+        raise ManifestError(f"{path} has rows without a reason.")
+    for name, limit in _MAX_TEXT_BYTES.items():
+        _refuse_long(table, name, limit, str(path))
+    if table.column("rank").null_count or not np.array_equal(table.column("rank").to_numpy(), np.arange(expected)):
+        raise ManifestError(f"{path} must hold its rows by rank, from 0 to {expected - 1}.")
     return table
+
+
+def _check_columns(path: Path, schema: pa.Schema) -> None:
+    found = {field.name: getattr(field.type, "value_type", field.type) for field in schema}
+    if list(found.items()) != [(field.name, field.type) for field in COLUMNS] or len(found) != len(schema):
+        raise ManifestError(f"{path} must have the columns {COLUMNS.names} in their types, got {schema.names}.")
+
+
+def _refuse_long(table: pa.Table, name: str, limit: int, owner: str) -> None:
+    if (longest := text_lengths(table.column(name))) > limit:
+        raise ManifestError(f"{owner} has a {name} of {longest} bytes; {limit} are allowed.")
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -137,11 +167,17 @@ def canonical_json(value: Any, indent: int | None = None) -> str:
     """
     try:
         return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=indent)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ManifestError(f"the manifest cannot be written as JSON: {error}.") from None
 
 
-def _sha256(path: Path) -> str:
+def manifest_text(manifest: Mapping[str, Any]) -> str:
+    """What ``manifest.json`` holds."""
+    return canonical_json(manifest, indent=2) + "\n"
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):

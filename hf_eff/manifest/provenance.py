@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,39 @@ import numpy as np
 from hf_eff.contracts.selection import Picks, Pool, SelectionContext
 from hf_eff.engines.pool_size import SizedConfig
 from hf_eff.errors import DataError
+from hf_eff.manifest import Selection
+from hf_eff.manifest.columns import TextColumn
+from hf_eff.manifest.matching import hub_origin
 from hf_eff.manifest.schema import build_manifest, describe_scores
 from hf_eff.numerics.row_hash import hash_of_hashes
 from hf_eff.options import Chosen
 
-_HUB_CACHE = re.compile(
-    r"[/\\](?P<user>[\w.-]+)___(?P<name>[\w.-]+)[/\\](?P<config>[^/\\]+)[/\\][^/\\]+[/\\](?P<revision>[0-9a-f]{40})"
-    r"[/\\](?!cache-)[^/\\]+\.arrow$"
-)
-"""Where ``datasets`` keeps a split of a Hub dataset, as it came; ``cache-*`` files hold what ``map`` made of it."""
+
+@dataclass(frozen=True)
+class AdoptedPicks(Picks):
+    """Picks that an earlier selection made.
+
+    Attributes:
+        origin: That selection.
+        exact: Whether its rows are taken as it named them, so that its manifest stays true.
+    """
+
+    origin: Selection | None = None
+    exact: bool = False
 
 
-def describe_dataset(dataset: Any, pool: Pool, columns: Sequence[str] | None = None) -> dict[str, Any]:
+def describe_dataset(
+    dataset: Any, pool: Pool, columns: Sequence[str] | None = None, id_column: str | None = None
+) -> dict[str, Any]:
     """The ``dataset`` section of the manifest: how to find and to recognise the rows.
 
     Args:
         dataset: What the pool was made from.
         pool: Result of ``make_pool``.
         columns: Columns the row hashes cover; all of the dataset's without.
+        id_column: Column with the dataset's own ids, where they are recorded.
     """
-    repo_id, config, revision = _hub_origin(dataset)
+    repo_id, config, revision = hub_origin(dataset)
     names = columns if columns is not None else getattr(dataset, "column_names", None)
     split = getattr(dataset, "split", None)
     return {
@@ -43,6 +57,7 @@ def describe_dataset(dataset: Any, pool: Pool, columns: Sequence[str] | None = N
         "num_rows": len(dataset),
         "fingerprint": getattr(dataset, "_fingerprint", None),
         "columns": None if names is None else sorted(names),
+        "preprocess": {} if id_column is None else {"id_column": id_column},
         "digest": None if pool.row_hash is None else hash_of_hashes(pool.row_hash),
     }
 
@@ -100,18 +115,28 @@ def selection_fields(
     params: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What a ``Selection`` is made of: choice, reasons and provenance."""
+    origin = picks.origin if isinstance(picks, AdoptedPicks) else None
+    if origin is not None and isinstance(picks, AdoptedPicks) and picks.exact and "stages" not in picks.notes:
+        return {field.name: getattr(origin, field.name) for field in fields(origin)}
     pool, positions = context.pool, np.asarray(picks.positions)
     scores = describe_scores(picks.scores, higher_is_better=picks.higher_is_better)
     indices = np.asarray(pool.index)[positions]
     return {
         "indices": indices,
         "manifest": build_manifest(
-            dataset, _about(chosen, context, picks, params), scorer=scorer, scores=scores, cost=cost
+            dataset,
+            _about(chosen, context, picks, params),
+            scorer=scorer,
+            scores=scores,
+            cost=cost,
+            provenance=None if origin is None else {"parents": [origin.identity]},
         ),
         "row_hashes": None if pool.row_hash is None else [pool.row_hash[i] for i in positions.tolist()],
         "scores": None if picks.scores is None else picks.scores[positions],
         "weights": picks.weights,
-        "reasons": [picks.reasons] * len(positions) if isinstance(picks.reasons, str) else picks.reasons,
+        "reasons": TextColumn.repeated(picks.reasons, len(positions))
+        if isinstance(picks.reasons, str)
+        else picks.reasons,
         "row_ids": None if row_ids is None else [row_ids[i] for i in indices.tolist()],
         "all_scores": picks.scores,
     }
@@ -135,15 +160,6 @@ def _about(
         "invalid": invalid,
         "notes": dict(picks.notes),
     }
-
-
-def _hub_origin(dataset: Any) -> tuple[str | None, str | None, str | None]:
-    """Repository, configuration and revision of a dataset that is a Hub split unchanged, else three times None."""
-    if getattr(dataset, "_indices", None) is not None:
-        return None, None, None
-    files = [_HUB_CACHE.search(entry["filename"]) for entry in getattr(dataset, "cache_files", None) or ()]
-    origins = {(f"{match['user']}/{match['name']}", match["config"], match["revision"]) for match in files if match}
-    return origins.pop() if len(origins) == 1 and all(files) else (None, None, None)
 
 
 def _invalid_rows(picks: Picks, pool: Pool) -> dict[str, int]:

@@ -6,10 +6,13 @@ belongs is refused by its path.
 
 from __future__ import annotations
 
+import copy
 import datetime as dt
 import importlib.metadata
+import math
 import platform
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,67 +22,103 @@ from hf_eff.numerics.row_hash import ALGORITHM, CANON
 
 FORMAT, VERSION = "hf_eff.selection", 1
 _ROW_HASH = {"algo": ALGORITHM, "canon": CANON}
+_DEEPEST = 50
 _PACKAGES = ("hf_eff", "transformers", "trl", "peft", "datasets", "torch")
 
-_TEXT, _OPTIONAL_TEXT, _OPTIONAL_NUMBER = (str,), (str, type(None)), (int, float, type(None))
-_SCHEMA: dict[str, Any] = {
-    "format": _TEXT,
-    "format_version": (int,),
-    "dataset": {
-        "repo_id": _OPTIONAL_TEXT,
-        "repo_type": _TEXT,
-        "revision": _OPTIONAL_TEXT,
-        "config": _OPTIONAL_TEXT,
-        "split": _OPTIONAL_TEXT,
-        "num_rows": (int,),
-        "data_files": (list, type(None)),
-        "fingerprint": _OPTIONAL_TEXT,
-        "columns": (list, type(None)),
-        "preprocess": (dict,),
-        "row_hash": {"algo": _TEXT, "canon": _TEXT},
-        "digest": _OPTIONAL_TEXT,
-    },
-    "selection": {
-        "name": _TEXT,
-        "method": _TEXT,
-        "method_version": _TEXT,
-        "params": (dict,),
-        "budget": {"kind": _TEXT, "value": (int, float)},
-        "seed": (int,),
-        "num_selected": (int,),
-        "num_tokens": (int,),
-        "num_invalid": (int,),
-        "invalid": (dict,),
-        "notes": (dict,),
-        "file": _TEXT,
-        "sha256": _TEXT,
-        "phases": (list,),
-    },
-    "scorer": {"model": (dict, type(None)), "tokenizer_sha256": _OPTIONAL_TEXT, "max_length": (int, type(None))},
-    "scores": {
-        "higher_is_better": (bool,),
-        "mean": _OPTIONAL_NUMBER,
-        "std": _OPTIONAL_NUMBER,
-        "min": _OPTIONAL_NUMBER,
-        "max": _OPTIONAL_NUMBER,
-        "quantiles": (dict,),
-        "nan": (int,),
-        "hist": {"edges": (list,), "counts": (list,)},
-    },
-    "cost": {
-        "flops": (int, float),
-        "flops_source": _TEXT,
-        "seconds": (int, float),
-        "device": _TEXT,
-        "num_devices": (int,),
-        "peak_bytes": _OPTIONAL_NUMBER,
-        "tokens": (int, float),
-        "energy_kwh": _OPTIONAL_NUMBER,
-    },
-    "software": (dict,),
-    "provenance": {"created": _TEXT, "command": _TEXT, "git_commit": _OPTIONAL_TEXT, "parents": (list,)},
-    "licence": {"inherits": _TEXT, "notes": _TEXT},
+_LARGEST = 2**63 - 1
+
+_TEXT, _OPTIONAL_TEXT = {"type": "string"}, {"type": ["string", "null"]}
+_NUMBER, _OPTIONAL_NUMBER, _INTEGER = {"type": "number"}, {"type": ["number", "null"]}, {"type": "integer"}
+_COUNT = {"type": "integer", "minimum": 0}
+_NAMED = {"type": "object"}
+_SHA = {"type": "string", "pattern": "^([0-9a-f]{64})?$"}
+
+
+def _object(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": sorted(properties), "additionalProperties": False}
+
+
+def _list_of(items: Mapping[str, Any], *, optional: bool = False) -> dict[str, Any]:
+    return {"type": ["array", "null"] if optional else "array", "items": dict(items)}
+
+
+JSON_SCHEMA: dict[str, Any] = {
+    "$schema": "http://json-schema.org/draft-04/schema#",
+    "id": "https://json-schema.org/hf_eff/selection.v1.schema.json",
+    "title": "hf_eff.selection, version 1",
+    **_object(
+        format={"enum": [FORMAT]},
+        format_version={"enum": [VERSION], "type": "integer"},
+        dataset=_object(
+            repo_id=_OPTIONAL_TEXT,
+            repo_type={"enum": ["dataset"]},
+            revision=_OPTIONAL_TEXT,
+            config=_OPTIONAL_TEXT,
+            split=_OPTIONAL_TEXT,
+            num_rows=_COUNT,
+            data_files=_list_of(_TEXT, optional=True),
+            fingerprint=_OPTIONAL_TEXT,
+            columns=_list_of(_TEXT, optional=True),
+            preprocess=_NAMED,
+            row_hash=_object(algo={"enum": [ALGORITHM]}, canon={"enum": [CANON]}),
+            digest={"type": ["string", "null"], "pattern": "^[0-9a-f]{32}$"},
+        ),
+        selection=_object(
+            name=_TEXT,
+            method=_TEXT,
+            method_version=_TEXT,
+            params=_NAMED,
+            budget=_object(kind=_TEXT, value=_NUMBER),
+            seed=_INTEGER,
+            num_selected=_COUNT,
+            num_tokens=_COUNT,
+            num_invalid=_COUNT,
+            invalid=_NAMED,
+            notes=_NAMED,
+            file=_TEXT,
+            sha256=_SHA,
+            phases=_list_of(_object(phase=_COUNT, from_step=_COUNT, to_step={"type": ["integer", "null"]})),
+        ),
+        scorer=_object(
+            model={"type": ["object", "null"]},
+            tokenizer_sha256=_OPTIONAL_TEXT,
+            max_length={"type": ["integer", "null"]},
+        ),
+        scores=_object(
+            higher_is_better={"type": "boolean"},
+            mean=_OPTIONAL_NUMBER,
+            std=_OPTIONAL_NUMBER,
+            min=_OPTIONAL_NUMBER,
+            max=_OPTIONAL_NUMBER,
+            quantiles=_NAMED,
+            nan=_COUNT,
+            hist=_object(edges=_list_of(_NUMBER), counts=_list_of(_COUNT)),
+        ),
+        cost=_object(
+            flops=_NUMBER,
+            flops_source=_TEXT,
+            seconds=_NUMBER,
+            device=_TEXT,
+            num_devices=_COUNT,
+            peak_bytes=_OPTIONAL_NUMBER,
+            tokens=_NUMBER,
+            energy_kwh=_OPTIONAL_NUMBER,
+        ),
+        software=_NAMED,
+        provenance=_object(
+            created=_TEXT,
+            command=_TEXT,
+            git_commit=_OPTIONAL_TEXT,
+            parents=_list_of({"type": "string", "pattern": "^[0-9a-f]{64}$"}),
+        ),
+        licence=_object(inherits=_TEXT, notes=_TEXT),
+    ),
 }
+"""The format as a JSON Schema; ``selection.v1.schema.json`` beside this file is its copy for other tools.
+
+Draft 4, in which an integer has no fraction. What no schema can say: numbers are finite and fit 64 bits
+(``check_values``), and a histogram has one more edge than counts (``check_manifest``).
+"""
 
 
 def build_manifest(
@@ -127,47 +166,104 @@ def describe_scores(scores: np.ndarray | None, *, higher_is_better: bool) -> dic
 
 
 def check_manifest(manifest: Any) -> None:
-    """Hold a manifest to the schema.
+    """Hold a manifest to ``JSON_SCHEMA``, and to what no schema can say.
 
     Raises:
-        ManifestError: A key is unknown, missing or of the wrong type, or the version or the hash is another.
+        ManifestError: A key is unknown, missing or of the wrong type, a number is not finite, or the version or the
+            hash is another.
     """
-    _check(manifest, _SCHEMA, "manifest")
-    if (manifest["format"], manifest["format_version"]) != (FORMAT, VERSION):
+    if isinstance(manifest, Mapping) and {"format", "format_version"} <= set(manifest):
+        _check_version(manifest["format"], manifest["format_version"])
+    _check(manifest, JSON_SCHEMA, "manifest")
+    edges, counts = (manifest["scores"]["hist"][name] for name in ("edges", "counts"))
+    if len(edges) != (len(counts) + 1 if counts else 0):
+        raise ManifestError(f"manifest.scores.hist has {len(edges)} edges for {len(counts)} counts.")
+
+
+def check_values(value: Any, where: str = "manifest", depth: int = 0) -> None:
+    """Refuse what a text of JSON can hold and a manifest cannot.
+
+    Raises:
+        ManifestError: A number is not finite or does not fit 64 bits, a text is no Unicode, or values are nested too
+            deep.
+    """
+    if depth > _DEEPEST:
+        raise ManifestError(f"{where[:80]}... is nested more than {_DEEPEST} deep.")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            check_values(key, where, depth + 1)
+            check_values(item, f"{where}.{key}", depth + 1)
+    elif isinstance(value, list):
+        for item in value:
+            check_values(item, where, depth + 1)
+    elif isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ManifestError(f"{where[:200]} holds text that is not Unicode.")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ManifestError(f"{where[:200]} is {value}, which is not a JSON number.")
+    elif isinstance(value, int) and abs(value) > _LARGEST:
+        raise ManifestError(f"{where[:200]} is a number of more than 64 bits.")
+
+
+def _check_version(name: Any, version: Any) -> None:
+    if (name, version) != (FORMAT, VERSION) or isinstance(version, bool):
         raise ManifestError(
-            f"the manifest has format {manifest['format']!r} version {manifest['format_version']}; "
+            f"the manifest has format {_shown(name)} version {_shown(version)}; "
             f"this release of hf_eff reads {FORMAT!r} version {VERSION}."
         )
-    about = manifest["dataset"]
-    if about["row_hash"] != _ROW_HASH:
-        raise ManifestError(f"manifest.dataset.row_hash must be {_ROW_HASH}, got {about['row_hash']}.")
-    if not all(isinstance(name, str) for name in about["columns"] or ()):
-        raise ManifestError(f"manifest.dataset.columns must be names, got {about['columns']!r}.")
 
 
 def _check(value: Any, schema: Mapping[str, Any], where: str) -> None:
-    if not isinstance(value, Mapping):
-        raise ManifestError(f"{where} must be an object, got {type(value).__name__}.")
-    if unknown := sorted(set(value) - set(schema)):
-        raise ManifestError(f"{where} has unknown keys {unknown}; allowed: {sorted(schema)}.")
-    if missing := sorted(set(schema) - set(value)):
+    """Hold a value to the part of JSON Schema that this format uses."""
+    types = schema.get("type", [])
+    types = [types] if isinstance(types, str) else types
+    if types and not any(_TYPES[name](value) for name in types):
+        shown = " or ".join(_WORDS.get(name, name) for name in types)
+        found = type(value).__name__ if isinstance(value, (dict, list)) or "object" in types else _shown(value)
+        raise ManifestError(f"{where} must be {shown}, got {found}.")
+    if "enum" in schema and not any(value == allowed for allowed in schema["enum"]):
+        allowed = schema["enum"][0]
+        raise ManifestError(f"{where} is {_shown(value)}; this release of hf_eff reads {allowed!r}.")
+    if isinstance(value, str) and "pattern" in schema and re.search(schema["pattern"], value) is None:
+        raise ManifestError(f"{where} must be hexadecimal digits of a hash, got {_shown(value)}.")
+    if "minimum" in schema and value is not None and value < schema["minimum"]:
+        raise ManifestError(f"{where} must be at least {schema['minimum']}, got {value!r}.")
+    if isinstance(value, Mapping) and "properties" in schema:
+        _check_object(value, schema["properties"], where)
+    if isinstance(value, list):
+        for place, item in enumerate(value):
+            _check(item, schema["items"], f"{where}[{place}]")
+
+
+def _check_object(value: Mapping[str, Any], properties: Mapping[str, Any], where: str) -> None:
+    if unknown := sorted(set(value) - set(properties), key=str):
+        raise ManifestError(f"{where} has unknown keys {_shown(unknown)}; allowed: {sorted(properties)}.")
+    if missing := sorted(set(properties) - set(value)):
         raise ManifestError(f"{where} lacks the keys {missing}.")
-    for key, kinds in schema.items():
-        if isinstance(kinds, Mapping):
-            _check(value[key], kinds, f"{where}.{key}")
-        elif not _fits(value[key], kinds):
-            names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-            raise ManifestError(f"{where}.{key} must be {names}, got {value[key]!r}.")
+    for key, schema in properties.items():
+        _check(value[key], schema, f"{where}.{key}")
 
 
-def _fits(value: Any, kinds: tuple[type, ...]) -> bool:
-    # bool is an int to Python, not to a manifest.
-    return isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+# bool is an int to Python, not to a manifest.
+_TYPES: Mapping[str, Callable[[Any], bool]] = {
+    "string": lambda value: isinstance(value, str),
+    "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "number": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
+    "boolean": lambda value: isinstance(value, bool),
+    "object": lambda value: isinstance(value, Mapping),
+    "array": lambda value: isinstance(value, list),
+    "null": lambda value: value is None,
+}
+_WORDS = {"string": "str", "integer": "int", "number": "int or float", "object": "an object", "array": "a list"}
 
 
 def _blank() -> dict[str, Any]:
     """Every key, each with the value that says nothing."""
-    manifest = {name: _neutral(part) for name, part in _SCHEMA.items()}
+    manifest: dict[str, Any] = _neutral(JSON_SCHEMA)
     manifest |= {"format": FORMAT, "format_version": VERSION}
     manifest["dataset"] |= {"repo_type": "dataset", "row_hash": dict(_ROW_HASH)}
     manifest["selection"] |= {
@@ -183,11 +279,13 @@ def _blank() -> dict[str, Any]:
     return manifest
 
 
-def _neutral(kinds: Any) -> Any:
-    """Null where it is allowed, else the empty value of the first type."""
-    if isinstance(kinds, Mapping):
-        return {name: _neutral(part) for name, part in kinds.items()}
-    return None if type(None) in kinds else kinds[0]()
+def _neutral(schema: Mapping[str, Any]) -> Any:
+    """Null where it is allowed, else the empty value of the type."""
+    if "properties" in schema:
+        return {name: _neutral(part) for name, part in schema["properties"].items()}
+    kinds = schema.get("type", "string")
+    empty = {"string": "", "integer": 0, "number": 0, "boolean": False, "array": [], "object": {}}
+    return None if "null" in kinds else copy.copy(empty[kinds])
 
 
 def _version(package: str) -> str:

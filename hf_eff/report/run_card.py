@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
@@ -17,12 +19,14 @@ TAG = "hf_eff"
 _REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
-def render_run_card(report: Mapping[str, Any]) -> str:
+def render_run_card(report: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
     """The card as Markdown under a YAML head that the Hub reads.
 
     Args:
         report: What ``build_report`` returned. Its environment may name ``base_model``,
-            ``datasets`` (list of repo ids), ``library_name`` and ``command``.
+            ``datasets`` (list of repo ids), ``library_name`` and ``command``. It may also hold ``plan`` (lines of
+            text) and ``evaluation`` (``metrics``, ``step`` and the ``datasets`` they were measured on).
+        figures: Pictures beside the card.
     """
     environment = report.get("environment") or {}
     parts = [
@@ -36,10 +40,38 @@ def render_run_card(report: Mapping[str, Any]) -> str:
         memory_table(report),
         "## Where it went",
         purposes_table(report),
+        *_plan(report),
+        *_evaluation(report),
+        *(f"![{_stem(name)}]({quote(name)})" for name in figures),
         "## Repeat it",
         _repeat(environment),
     ]
     return mask_secrets("\n\n".join(parts) + "\n")
+
+
+def add_to_card(before: str, card: str) -> str:
+    """A card that another program wrote, with the body of this one after it and both heads in one.
+
+    Args:
+        before: The other card; its own facts stay as they are.
+        card: Result of ``render_run_card``.
+    """
+    (theirs, text), (ours, body) = _parted(before), _parted(card)
+    head = {**ours, **theirs}
+    tags = theirs.get("tags") or []
+    head["tags"] = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), *ours["tags"]]))
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n{text.rstrip()}\n\n{body.strip()}\n"
+
+
+def _parted(card: str) -> tuple[dict[str, Any], str]:
+    """Head and body; a head that is no mapping counts as text."""
+    parts = card.split("---\n", 2)
+    if len(parts) == 3 and not parts[0].strip():
+        with contextlib.suppress(yaml.YAMLError):
+            head = yaml.safe_load(parts[1])
+            if isinstance(head, dict):
+                return head, parts[2]
+    return {}, card
 
 
 def _head(environment: Mapping[str, Any], report: Mapping[str, Any]) -> str:
@@ -73,6 +105,33 @@ def _methods(report: Mapping[str, Any]) -> str:
     return table(["Kind", "Method", "Options"], rows)
 
 
+def _plan(report: Mapping[str, Any]) -> list[str]:
+    """The plan as it was before anything was spent."""
+    lines = [str(line).replace("```", "") for line in report.get("plan") or []]
+    return ["## Plan", "\n".join(["```text", *lines, "```"])] if lines else []
+
+
+def _evaluation(report: Mapping[str, Any]) -> list[str]:
+    """Last value of each metric, and the dataset where the Hub can link to it."""
+    evaluation = report.get("evaluation")
+    if not evaluation:
+        return []
+    rows = [(f"`{name}`", f"{value:.6g}") for name, value in sorted(evaluation["metrics"].items())]
+    origins = [origin for origin in evaluation["datasets"].values() if origin and _is_repo_id(origin["repo_id"])]
+    told = [f"Measured on {_origin(origin)}." for origin in origins]
+    return ["## Evaluation", table(["Metric", f"At step {evaluation['step']}"], rows), *told]
+
+
+def _origin(origin: Mapping[str, Any]) -> str:
+    name = origin["repo_id"]
+    place = f"[{name}](https://huggingface.co/datasets/{name})"
+    return f"{place}, split `{origin['split']}`, revision `{origin['revision']}`, {origin['num_rows']:,} rows"
+
+
+def _stem(name: str) -> str:
+    return Path(name).stem.replace("_", " ").replace("[", "").replace("]", "")
+
+
 def _repeat(environment: Mapping[str, Any]) -> str:
     versions = environment.get("versions") or {}
     lines = []
@@ -81,5 +140,9 @@ def _repeat(environment: Mapping[str, Any]) -> str:
     if versions:
         lines += ["Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".", ""]
     return "\n".join(
-        [*lines, "`plan.json`, `report.json` and `selection/` in this folder hold every setting and figure."]
+        [
+            *lines,
+            "`plan.json`, `report.json` and, where rows were chosen, the selection's manifest hold every setting and "
+            "figure.",
+        ]
     )

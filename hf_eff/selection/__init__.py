@@ -5,6 +5,7 @@ The methods are the files of this folder; they are found by name through the reg
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import tempfile
 import time
@@ -26,13 +27,14 @@ from hf_eff.engines.pool_size import SizedConfig
 from hf_eff.engines.pooling import PadRows, RowFormat, make_pool
 from hf_eff.engines.ranks import Ranks
 from hf_eff.engines.spool import spooled
-from hf_eff.errors import DataError, ManifestError, NoEffectWarning, OptionError, PlanError
+from hf_eff.errors import DataError, NoEffectWarning, OptionError, PlanError
 from hf_eff.hardware.ledger import Ledger
-from hf_eff.manifest import MANIFEST, read_manifest
+from hf_eff.manifest import MANIFEST, Level, OnMismatch, read_manifest
 from hf_eff.manifest.card import FOLDER, dataset_card
 from hf_eff.manifest.provenance import check_picks, describe_dataset, describe_scorer, selection_fields
 from hf_eff.registry import require, resolve
 from hf_eff.report.selection_report import write_selection_report
+from hf_eff.stages import published
 from hf_eff.stages.choice import PoolChoice, choose_pool
 from hf_eff.stages.proxy import load_proxy, scorer_of
 
@@ -52,6 +54,8 @@ __all__ = [
     "select_dataset",
 ]
 
+_ATTEMPTS = 5
+"""Pushes that are tried while somebody else keeps pushing to the same repository."""
 _DRIVER_OPTIONS = (
     "batch_tokens",
     "max_length",
@@ -70,8 +74,8 @@ class Selection(manifest.Selection):
     ) -> str:
         """Publish indices, hashes, scores and provenance in one commit; never the rows.
 
-        Other selections in the repository stay. Afterwards plain ``datasets`` reads it:
-        ``load_dataset(repo_id, name, split="train")``.
+        Other selections in the repository stay, also those that somebody else pushes meanwhile. Afterwards plain
+        ``datasets`` reads it: ``load_dataset(repo_id, name, split="train")``.
 
         Args:
             repo_id: Dataset repository, such as ``"user/pool-less-5pct"``; created when needed.
@@ -81,15 +85,26 @@ class Selection(manifest.Selection):
 
         Returns:
             The commit's hash.
+
+        Raises:
+            HubError: The Hub cannot be reached or refuses, or holds something else afterwards.
         """
-        name = _plain_name(name or self.manifest["selection"]["name"])
+        name = published.plain_name(name or self.manifest["selection"]["name"])
+        repo_id = hub.create(repo_id, "dataset", token, private=private)
+        for _ in range(_ATTEMPTS - 1):
+            with contextlib.suppress(hub.HubConflictError):
+                return self._push(repo_id, name, token)
+        return self._push(repo_id, name, token)
+
+    def _push(self, repo_id: str, name: str, token: str | None) -> str:
+        """Add this selection to what the repository holds now; refused if that changes meanwhile."""
         with tempfile.TemporaryDirectory() as folder:
-            root = Path(folder)
-            manifests = _published(repo_id, root / "held", token)
-            self.save(root / "sent" / FOLDER / name)
-            manifests[name] = read_manifest(root / "sent" / FOLDER / name / MANIFEST)
-            (root / "sent" / "README.md").write_text(dataset_card(manifests), encoding="utf-8")
-            return hub.push_folder(root / "sent", repo_id, "dataset", f"Add selection {name}", token, private=private)
+            held, sent = Path(folder) / "held", Path(folder) / "sent"
+            parent = hub.head(repo_id, "dataset", token=token)
+            manifests = _published(repo_id, held, parent, token)
+            manifests[name] = read_manifest(self.save(sent / FOLDER / name) / MANIFEST)
+            (sent / "README.md").write_text(dataset_card(manifests, repo_id), encoding="utf-8")
+            return hub.push_folder(sent, repo_id, "dataset", f"Add selection {name}", token, parent=parent)
 
     @classmethod
     def from_pretrained(
@@ -98,25 +113,21 @@ class Selection(manifest.Selection):
         """Read a selection from the Hub, or from a local folder.
 
         Args:
-            repo_id: Dataset repository, or a folder that ``save`` wrote.
+            repo_id: Dataset repository, an address (``"hub:user/repo/name@revision"``), or a folder: one that ``save``
+                wrote, that of a run, or a copy of a repository.
             name: Which selection of the repository; may be left out when it holds one.
             revision: Branch, tag or commit.
             token: Access token; None for the one that is logged in.
 
         Raises:
             ManifestError: There is no such selection, or it is not intact.
+            HubError: The Hub cannot be reached or refuses.
         """
-        if Path(repo_id).is_dir():
-            return cls.load(repo_id)
-        pattern = f"{FOLDER}/{_plain_name(name)}/*" if name else f"{FOLDER}/*"
-        with tempfile.TemporaryDirectory() as folder:
-            root = hub.pull_folder(str(repo_id), folder, patterns=[pattern], revision=revision, token=token)
-            names = sorted(path.parent.name for path in root.glob(f"{FOLDER}/*/{MANIFEST}"))
-            if not names:
-                raise ManifestError(f"dataset {str(repo_id)!r} holds no selection{f' {name!r}' if name else ''}.")
-            if len(names) > 1:
-                raise ManifestError(f"dataset {str(repo_id)!r} holds the selections {names}; pass name=.")
-            return cls.load(root / FOLDER / names[0])
+        address = published.Address(str(repo_id))
+        if str(repo_id).startswith(published.SCHEME):
+            address = published.Address.parse(str(repo_id))
+        address = replace(address, name=name or address.name, revision=revision or address.revision)
+        return published.read_published(cls, address, token)
 
 
 def select_dataset(
@@ -159,7 +170,7 @@ def select_dataset(
     choice, proxy = _choice(method, options, model, target)
     ledger = Ledger(Budget.parse(budget))
     rows = spooled(pool, limit=choice.options.stream_rows)
-    columns, row_ids = driver.pop("columns", None), _row_ids(rows, driver.pop("id_column", None))
+    columns, id_column = driver.pop("columns", None), driver.pop("id_column", None)
     epochs, scoring = driver.pop("train_epochs", 3.0), _scoring_fields(model)
     row_format = RowFormat(max_length=driver.pop("max_length", 1024), is_causal_lm=scoring.get("is_causal_lm", True))
     make = functools.partial(make_pool, processing_class=processing_class, row_format=row_format)
@@ -175,9 +186,9 @@ def select_dataset(
         **driver,
     )
     about: dict[str, Any] = {
-        "dataset_facts": describe_dataset(rows, context.pool, columns),
+        "dataset_facts": describe_dataset(rows, context.pool, columns, id_column),
         "scorer": describe_scorer(model, processing_class, row_format.max_length),
-        "row_ids": row_ids,
+        "row_ids": _row_ids(rows, id_column),
     }
     with ledger.clock("select"):
         priced = replace(choice, training_flops=_training_flops(context, choice, epochs))
@@ -290,31 +301,45 @@ def run_selection(
     )
 
 
-def load_selected(dataset: Any, selection: Any, *, name: str | None = None, token: str | None = None) -> Any:
-    """The chosen rows of a dataset, verified by content.
+def load_selected(
+    dataset: Any,
+    selection: Any,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    on_mismatch: OnMismatch = "error",
+    level: Level = "rows",
+    streaming: bool = False,
+) -> Any:
+    """The chosen rows of a dataset, verified.
 
     Args:
         dataset: A dataset, or the Hub id or folder of one; None for the one the manifest names.
-        selection: A ``Selection``, a folder that ``save`` wrote, or a Hub dataset repository.
+        selection: A ``Selection``, a folder that ``save`` wrote, a Hub dataset repository, or an address such as
+            ``"hub:user/repo/name@revision"``.
         name: Which selection of a Hub repository.
+        revision: Branch, tag or commit of that repository.
         token: Access token; None for the one that is logged in.
+        on_mismatch: What to do where the dataset differs, see ``Selection.apply``.
+        level: How much to verify, see ``Selection.verify``.
+        streaming: Whether a dataset given by id is read as a stream, whose rows are matched by content.
 
     Raises:
         OptionError: No dataset is given and the manifest names none.
     """
     if not isinstance(selection, manifest.Selection):
-        selection = Selection.from_pretrained(selection, name, token=token)
+        selection = Selection.from_pretrained(selection, name, revision=revision, token=token)
     about = selection.manifest["dataset"]
     if dataset is None:
         dataset = about["repo_id"]
         if dataset is None:
             raise OptionError("the manifest names no Hub dataset; pass the dataset it was made from.")
     if isinstance(dataset, (str, Path)):
-        revision = about["revision"] if str(dataset) == about["repo_id"] else None
-        dataset = hub.fetch_split(
-            str(dataset), config=about["config"], split=about["split"], revision=revision, token=token
-        )
-    return selection.apply(dataset)
+        place: dict[str, Any] = {name: about[name] for name in ("config", "split")}
+        place["revision"] = about["revision"] if str(dataset) == about["repo_id"] else None
+        dataset = hub.fetch_split(str(dataset), **place, token=token, streaming=streaming)
+    return selection.apply(dataset, on_mismatch=on_mismatch, level=level)
 
 
 def _check_given(spec: MethodSpec, model: Any, target: Any) -> None:
@@ -368,15 +393,10 @@ def _progress(iterable: Iterable[Any], total: int | None = None, description: st
     return tqdm(iterable, total=total, desc=description, disable=None)
 
 
-def _published(repo_id: str, folder: Path, token: str | None) -> dict[str, Mapping[str, Any]]:
-    """Manifests that the repository holds already, by name; none when it does not exist yet."""
-    if not hub.exists(repo_id, "dataset", token):
+def _published(repo_id: str, folder: Path, revision: str | None, token: str | None) -> dict[str, Mapping[str, Any]]:
+    """Manifests that the repository holds at a commit, by name."""
+    held = hub.list_files(repo_id, "dataset", revision=revision, token=token)
+    if not any(path.startswith(f"{FOLDER}/") and path.endswith(f"/{MANIFEST}") for path in held):
         return {}
-    hub.pull_folder(repo_id, folder, patterns=[f"{FOLDER}/*/{MANIFEST}"], token=token)
+    hub.pull_folder(repo_id, folder, patterns=[f"{FOLDER}/*/{MANIFEST}"], revision=revision, token=token)
     return {path.parent.name: read_manifest(path) for path in folder.glob(f"{FOLDER}/*/{MANIFEST}")}
-
-
-def _plain_name(name: str) -> str:
-    if not name or not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
-        raise OptionError(f"a selection's name may hold letters, digits, '-', '_' and '.', got {name!r}.")
-    return name

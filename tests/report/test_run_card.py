@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from hf_eff.report import build_report, render_report, render_run_card
+from hf_eff.report.run_card import add_to_card
 from hf_eff.report.secrets import mask_secrets
 
 PLAN = {
@@ -50,6 +51,33 @@ def test_the_body_holds_methods_figures_and_the_command():
     assert "| tokens | 80 tok | 80 tok | 1.00 | 100 tok | 80.0% |" in text
     assert "```bash\nhf-eff train --seed 1\n```" in text
     assert "Versions: torch 2.13." in text
+
+
+def test_plan_evaluation_and_figures_are_shown():
+    report = build_report(PLAN, {}, {})
+    origin = {"repo_id": "org/code", "revision": "a" * 40, "config": None, "split": "test", "num_rows": 1000}
+    report["plan"] = ["memory  badam", "```", "steps  4"]
+    report["evaluation"] = {"metrics": {"eval_loss": 1.25}, "step": 4, "datasets": {"": origin, "mine": None}}
+    text = render_run_card(report, ["governor figure.svg"])
+    assert "## Plan\n\n```text\nmemory  badam\n\nsteps  4\n```" in text
+    assert "| Metric | At step 4 |\n|---|---|\n| `eval_loss` | 1.25 |" in text
+    assert "Measured on [org/code](https://huggingface.co/datasets/org/code), split `test`" in text
+    assert "![governor figure](governor%20figure.svg)" in text
+    assert "## Plan" not in card()
+    assert "## Evaluation" not in card()
+
+
+def test_added_to_another_card_both_heads_become_one():
+    before = "---\nlicense: mit\ntags: sft\nbase_model: theirs/model\n---\n\n# Model\n\nText.\n"
+    text = add_to_card(before, card(base_model="org/model", datasets=["org/data"]))
+    head = yaml.safe_load(text.split("---\n")[1])
+    assert head["tags"][0] == "sft"
+    assert {"hf_eff", "memory-badam"} <= set(head["tags"])
+    assert (head["license"], head["base_model"], head["datasets"]) == ("mit", "theirs/model", ["org/data"])
+    assert text.index("# Model") < text.index("# Budgeted fine-tuning run")
+    assert text.count("---\n") - text.count("|---\n") - text.count("---|\n") <= 2
+    assert add_to_card("# Bare\n", card()).count("# Bare") == 1
+    assert "# Odd" in add_to_card("---\n[1\n---\n# Odd\n", card())
 
 
 @pytest.mark.parametrize(

@@ -349,8 +349,8 @@ def hub(monkeypatch, tmp_path):
     """A repository in a folder, behind the functions of hf_eff.hub."""
     root = tmp_path / "remote"
 
-    def push(folder, repo_id, repo_type, message, token=None, *, private=True):
-        assert (repo_id, repo_type, private) == ("user/sel", "dataset", True)
+    def push(folder, repo_id, repo_type, message, token=None, *, parent):
+        assert (repo_id, repo_type, parent) == ("user/sel", "dataset", "p" * 40)
         shutil.copytree(folder, root, dirs_exist_ok=True)
         return "c" * 40
 
@@ -362,7 +362,12 @@ def hub(monkeypatch, tmp_path):
                 shutil.copyfile(path, Path(destination) / name)
         return Path(destination)
 
-    monkeypatch.setattr("hf_eff.hub.exists", lambda *args: root.exists())
+    def listed(*args, **place):
+        return {path.relative_to(root).as_posix(): 1 for path in root.rglob("*") if path.is_file()}
+
+    monkeypatch.setattr("hf_eff.hub.create", lambda repo_id, *args, private: repo_id)
+    monkeypatch.setattr("hf_eff.hub.head", lambda *args, **place: "p" * 40)
+    monkeypatch.setattr("hf_eff.hub.list_files", listed)
     monkeypatch.setattr("hf_eff.hub.push_folder", push)
     monkeypatch.setattr("hf_eff.hub.pull_folder", pull)
     return root
