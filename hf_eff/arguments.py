@@ -167,6 +167,7 @@ def run_facts(args: TrainingArguments, trainer: str = "trainer", *, custom_optim
         optimizer_bytes=0.0 if is_stateless(optim, args.optim_args or "") else None,
         auto_find_batch_size=bool(args.auto_find_batch_size),
         custom_optimizer=custom_optimizer,
+        load_best_model=bool(args.load_best_model_at_end),
         lr_scheduler=str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         learning_rate=float(args.learning_rate),
         remove_unused_columns=bool(args.remove_unused_columns),

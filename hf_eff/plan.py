@@ -334,6 +334,7 @@ def _refuse(resolved: ResolvedOptions, facts: Facts) -> None:
                 raise PlanError(_sentence(chosen.spec, refusal))
     if facts.pool.num_rows == 0:
         raise PlanError("train_dataset is empty; give at least one example.")
+    _refuse_objective(resolved, facts)
     if resolved.options.is_neutral:
         return
     if facts.run.auto_find_batch_size:
@@ -342,6 +343,43 @@ def _refuse(resolved: ResolvedOptions, facts: Facts) -> None:
             "set per_device_train_batch_size instead."
         )
     _refuse_optim(resolved, facts)
+    _refuse_log_alone(resolved, facts)
+
+
+def _refuse_objective(resolved: ResolvedOptions, facts: Facts) -> None:
+    """Refuse an objective without gradient for methods that differentiate, or that cut the batch it is asked of."""
+    if facts.run.objective_forwards is None:
+        return
+    addresses = "+".join(chosen.spec.name for chosen in resolved.memory)
+    if all(chosen.spec.traits.needs_backward for chosen in resolved.memory):
+        able = [
+            repr(name)
+            for name in registry.list_methods("memory")
+            if not registry.get_method("memory", name).traits.needs_backward
+        ]
+        raise PlanError(
+            f"objective=... has no gradient and memory={addresses!r} differentiates; use a method that does not: "
+            f"{', '.join(able)}."
+        )
+    if any(chosen.spec.slot == "activations.rows" for chosen in resolved.memory):
+        raise PlanError(
+            f"memory={addresses!r} splits micro-batches, and objective=... is asked of whole ones; lower "
+            "per_device_train_batch_size and raise gradient_accumulation_steps instead."
+        )
+
+
+def _refuse_log_alone(resolved: ResolvedOptions, facts: Facts) -> None:
+    """Refuse checkpoints without weights where weights would be read from them."""
+    for chosen in resolved.memory:
+        if getattr(chosen.config, "save", "weights") != "log":
+            continue
+        if facts.run.load_best_model:
+            raise PlanError(
+                f"{chosen.spec.address} with save='log' keeps no weights for load_best_model_at_end=True to load; use "
+                "save='weights', or rebuild the best step afterwards with 'hf-eff replay --until-step'."
+            )
+        if facts.hardware.backend == "fsdp2":
+            raise PlanError(f"{chosen.spec.address} with save='log' does not work under FSDP2; use save='weights'.")
 
 
 def _refuse_optim(resolved: ResolvedOptions, facts: Facts) -> None:

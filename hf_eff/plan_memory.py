@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_eff.contracts.cost import Cost, Facts
 from hf_eff.contracts.spec import SLOTS
+from hf_eff.numerics.flops import everything_trains
 from hf_eff.numerics.largest_fit import largest
 from hf_eff.numerics.optim_rules import updates_in_backward
 from hf_eff.numerics.planned_step import planned_recompute_flops
@@ -44,12 +45,23 @@ def memory_cost(resolved: ResolvedOptions, facts: Facts) -> tuple[Facts, Cost]:
     for chosen in chain[:-1]:
         facts = _adapted(chosen, facts)
     last = chain[-1]
-    cost: Cost = last.spec.cost(last.config, facts)
     adapted = _adapted(last, facts)
+    cost = _with_objective(last.spec.cost(last.config, facts), adapted)
     if adapted.run.checkpointing and all(chosen.spec.traits.needs_backward for chosen in chain):
         again = planned_recompute_flops(adapted, cost)
         cost = dataclasses.replace(cost, step_flops=cost.step_flops + again)
     return adapted, cost
+
+
+def _with_objective(cost: Cost, facts: Facts) -> Cost:
+    """The cost where each forward for a loss is a value of an objective, which may hold a copy of what is trained."""
+    forwards = facts.run.objective_forwards
+    if forwards is None:
+        return cost
+    part = facts.model.trainable or everything_trains(facts.model)
+    held = part.params * facts.model.param_bytes if facts.run.holds_weights else 0.0
+    terms = {**cost.bytes, "rest": cost.bytes.get("rest", 0.0) + held}
+    return dataclasses.replace(cost, step_flops=cost.step_flops * forwards, bytes=terms)
 
 
 def _adapted(chosen: Chosen, facts: Facts) -> Facts:
@@ -66,13 +78,16 @@ def planned_ladder(resolved: ResolvedOptions, facts: Facts) -> tuple[Rung, ...]:
     Returns:
         Exact rungs first. Empty where a failed step cannot be tried again, because the update happens inside the
         backward or another backend holds the gradients. Several processes would have to fail alike, so they only
-        split rows ahead of time, where a byte budget says how far.
+        split rows ahead of time, where a byte budget says how far. Nor are rows split under an objective, whose value
+        on a batch need not follow from its values on parts.
     """
     allowed, backend = resolved.options.out_of_memory or "adapt", facts.hardware.backend
     methods = (chosen.spec.traits for chosen in resolved.memory)
     update_in_backward = updates_in_backward(facts.run.optim) or any(
         traits.owns_backward and traits.needs_backward for traits in methods
     )
+    if facts.run.objective_forwards is not None:
+        return ()
     if allowed == "raise" or update_in_backward or backend in _UNSPLIT_BACKENDS:
         return ()
     rungs = tuple(rung for rung in _rungs(resolved, facts) if rung.exact or allowed == "adapt")

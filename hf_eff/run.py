@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_eff.contracts.governor import Decision
 from hf_eff.engines.facts import batch_shape, token_counts
+from hf_eff.engines.log_checkpoint import REPLAY_LOG, replay_log, write_log
+from hf_eff.engines.objectives import objective_flops
 from hf_eff.engines.ranks import Ranks
+from hf_eff.engines.replay_origin import keep_initial_adapter, origin_of
 from hf_eff.engines.sidecar import load_state, save_state
 from hf_eff.engines.step_reserve import StepReserve
 from hf_eff.errors import CheckpointError, EffWarning, TrainingDivergedError
@@ -28,6 +33,8 @@ if TYPE_CHECKING:
 
     from hf_eff.contracts.cost import ModelFacts
     from hf_eff.contracts.memory import BatchShape, StepContext
+    from hf_eff.engines.objectives import Objective
+    from hf_eff.engines.replay_log import ReplayLog
     from hf_eff.memory import MemoryStack
     from hf_eff.plan import Plan
     from hf_eff.run_directory import RunDirectory
@@ -49,10 +56,19 @@ class BudgetedRun:
         memory: The memory methods at work.
         model: Shapes of the model as it trains, adapters included.
         directory: Where plan, log and report go.
+        objective: What is made smaller instead of the loss, or None.
     """
 
-    def __init__(self, plan: Plan, memory: MemoryStack, model: ModelFacts, directory: RunDirectory) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        memory: MemoryStack,
+        model: ModelFacts,
+        directory: RunDirectory,
+        objective: Objective | None = None,
+    ) -> None:
         self.plan = plan
+        self.objective = objective
         self.model = model
         self.memory = memory
         self.directory = directory
@@ -112,6 +128,9 @@ class BudgetedRun:
 
     def step_flops(self, shapes: Sequence[BatchShape], global_step: int) -> float:
         """FLOPs of these micro-batches on this rank, recomputation by checkpointing included."""
+        if self.objective is not None:
+            of_forwards = partial(self.memory.step_flops, self.model, global_step=global_step)
+            return objective_flops(self.objective, self.model, shapes, of_forwards)
         flops = self.memory.step_flops(self.model, shapes, global_step)
         differentiates = all(chosen.spec.traits.needs_backward for chosen in self.plan.resolved.memory)
         run = self.plan.training_facts.run
@@ -232,6 +251,33 @@ class BudgetedRun:
         if self.limits_progress:
             entries["eff/budget_share"] = self.ledger.share()
         return {**entries, **{f"eff/{key}": value for key, value in self.memory.log_entries().items()}}
+
+    # The replay log of a zeroth-order run
+
+    @property
+    def replay_log(self) -> ReplayLog | None:
+        """What the weights can be rebuilt from, or None where no method keeps a log."""
+        return replay_log(self.memory.parts)
+
+    @property
+    def saves_log(self) -> bool:
+        """Whether checkpoints hold the log instead of weights."""
+        return any(getattr(chosen.config, "save", None) == "log" for chosen in self.plan.resolved.memory)
+
+    def note_origin(self, model: Any, step: int) -> None:
+        """Say in the log where the weights come from, at the start of training, and keep what no seed makes again."""
+        log = self.replay_log
+        if log is None or log.header.origin:
+            return
+        changing = self.memory.model_changes
+        log.header = dataclasses.replace(log.header, origin=origin_of(model, log.header, changing))
+        if step == 0 and self.ranks.is_first:
+            keep_initial_adapter(model, log.header, self.directory.path)
+
+    def write_log(self, folder: Path, model: Any) -> None:
+        """Write the log and the digest of the weights that it leads to."""
+        if self.replay_log is not None:
+            write_log(folder / REPLAY_LOG, self.replay_log, model)
 
     def end(self) -> None:
         """End of training, normal or not."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -21,16 +22,19 @@ from transformers import AutoConfig, Trainer, TrainerCallback
 
 from hf_eff.arguments import expect_unused_parameters, options_of, run_facts
 from hf_eff.contracts.cost import Facts, ModelFacts
-from hf_eff.contracts.memory import OptimizerContext, StepContext
+from hf_eff.contracts.memory import OptimizerContext, SamplerContext, StepContext
 from hf_eff.engines.checkpoints import is_complete, resolve_checkpoint
 from hf_eff.engines.facts import batch_shape, model_facts, model_facts_from_config, pool_facts
+from hf_eff.engines.log_checkpoint import is_log_checkpoint, load_log_checkpoint
 from hf_eff.engines.logged_metrics import metrics_kept, metrics_snapshot
+from hf_eff.engines.objectives import Objective, as_objective, objective_value, with_objective
 from hf_eff.engines.packed_weights import never_packed
 from hf_eff.engines.plain_state import follow_schedule, keep_plain
 from hf_eff.engines.schedule_progress import follow_budget, hold
 from hf_eff.engines.sharded_resume import keeps_no_state, load_schedule, trainable
 from hf_eff.engines.spool import spooled
 from hf_eff.engines.update_hooks import UpdateHooks, without_new_hooks
+from hf_eff.errors import PlanError
 from hf_eff.files import require_writable
 from hf_eff.hardware.ledger import Ledger, Purpose
 from hf_eff.hardware.probe import hardware_facts
@@ -38,6 +42,8 @@ from hf_eff.manifest import Selection
 from hf_eff.memory import MemoryStack
 from hf_eff.options import ResolvedOptions, resolve_options, with_default_memory
 from hf_eff.plan import Plan, make_plan
+from hf_eff.publish.evaluation import data_origins
+from hf_eff.publish.from_trainer import find_repository, push_checkpoint, push_run, without_token
 from hf_eff.run import BudgetedRun
 from hf_eff.run_ends import extend_card, finish_run, start_run
 from hf_eff.selection_stage import SelectionStage
@@ -54,9 +60,15 @@ class BudgetedTrainerMixin(_Parent):
 
     With every hf_eff field at its default the parent class runs untouched.
 
+    Args:
+        positional: Passed on to the parent.
+        named: Passed on to the parent, but for ``objective``: what a zeroth-order method makes smaller instead of the
+            loss, a function of (model, inputs) or an ``hf_eff.Objective``.
+
     Attributes:
         plan: The ``Plan`` of the run; None while nothing of hf_eff is asked for.
         report: Predicted beside measured, a mapping, or None before ``train()`` ends.
+        data_origins: Where training and evaluation rows come from, as far as the Hub knows them.
     """
 
     default_memory: ClassVar[str] = "full"
@@ -67,13 +79,16 @@ class BudgetedTrainerMixin(_Parent):
     _resolved: ResolvedOptions | None = None
     _given_model: ModelFacts | None = None
     budgeted_run: BudgetedRun | None = None
+    _objective: Objective | None = None
+    data_origins: Mapping[str, Any] = MappingProxyType({})
     _micro_step: int = 0
     _update_hooks: UpdateHooks | None = None
 
     def __init__(self, *positional: Any, **named: Any) -> None:
+        self._objective = as_objective(named.pop("objective", None))
         given = _by_name(type(self), positional, named)
         options = with_default_memory(options_of(given.get("args")), self.default_memory)
-        if not options.is_neutral:
+        if self._objective is not None or not options.is_neutral:
             self._resolved = resolve_options(options)
             expect_unused_parameters(given.get("args"), self._resolved)
             self.memory_stack = MemoryStack(self._resolved.memory)
@@ -87,6 +102,7 @@ class BudgetedTrainerMixin(_Parent):
     def _prepare_given(self, given: dict[str, Any]) -> None:
         """Refuse what cannot work and change the model, before the parent is built."""
         args, model = given.get("args"), given.get("model")
+        self.data_origins = data_origins(given.get("train_dataset"), given.get("eval_dataset"))
         if self._resolved is not None and self._resolved.selects:
             given["train_dataset"] = spooled(given.get("train_dataset"), limit=self._resolved.pool.stream_rows)
         if args is not None and args.output_dir is not None:
@@ -117,7 +133,7 @@ class BudgetedTrainerMixin(_Parent):
             run=run_facts(args, self.trainer_kind, custom_optimizer=custom),
             proxy=_proxy_facts(self._resolved.pool.proxy_model),
         )
-        return make_plan(self._resolved.options, facts)
+        return make_plan(self._resolved.options, with_objective(facts, self._objective))
 
     # What a run leaves behind
 
@@ -214,6 +230,32 @@ class BudgetedTrainerMixin(_Parent):
             follow_budget(scheduler, num_training_steps, self.budgeted_run.progress)
         return scheduler
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The memory methods' order of the rows, or the parent's."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        plan = self.plan if self.budgeted_run is not None else None
+        order = self.memory_stack.sampler(self._sampler_context(plan, rows)) if plan is not None else None
+        if plan is None or order is None:
+            return super()._get_train_sampler(train_dataset)
+        strategy = getattr(self.args, "train_sampling_strategy", "random")
+        if strategy != "random" or getattr(self.args, "group_by_length", False):
+            raise PlanError(
+                f"memory={plan.resolved.options.memory!r} orders the rows itself, so that another order would be "
+                "ignored; leave train_sampling_strategy at 'random' and group_by_length off."
+            )
+        return order
+
+    def _sampler_context(self, plan: Plan, rows: Any) -> SamplerContext:
+        args = self.args
+        return SamplerContext(
+            dataset=rows,
+            batch_size=self._train_batch_size,
+            processes=args.world_size,
+            drop_last=args.dataloader_drop_last,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            facts=plan.training_facts,
+        )
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """The batches of the next optimizer step, or none when a limit would be passed."""
         batches, num_items = super().get_batch_samples(*args, **kwargs)
@@ -246,6 +288,7 @@ class BudgetedTrainerMixin(_Parent):
             stock=self._stock_step,
             loss=self._loss_alone,
             mean_over_ranks=self.budgeted_run.ranks.mean,
+            holds_weights=self._objective is not None and self._objective.holds_weights,
         )
         with self.budgeted_run.measured(context.unwrapped):
             loss = self.budgeted_run.rescue.training_step(context)
@@ -258,8 +301,11 @@ class BudgetedTrainerMixin(_Parent):
         return super().training_step(model, inputs, num_items)
 
     def _loss_alone(self, model: nn.Module, inputs: Any, num_items: Any) -> torch.Tensor:
-        """The parent's loss, scaled for accumulation, with no trace left in its metrics."""
+        """The parent's loss or the objective, scaled for accumulation, with no trace left in the parent's metrics."""
         batch = dict(self._prepare_inputs(inputs))
+        if self._objective is not None:
+            with self.compute_loss_context_manager():
+                return objective_value(self._objective, model, batch) / self.current_gradient_accumulation_steps
         with metrics_kept(self), self.compute_loss_context_manager():
             loss: Any = self.compute_loss(model, batch, num_items_in_batch=num_items)
         loss = loss.mean() if self.args.n_gpu > 1 else loss
@@ -288,6 +334,35 @@ class BudgetedTrainerMixin(_Parent):
         """The parent's evaluation, timed under its own purpose."""
         with self._clock("eval"):
             return super().evaluate(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The parent's saving; checkpoints of a run with ``save="log"`` hold the replay log instead of weights."""
+        run = self.budgeted_run
+        if run is None or not (run.saves_log and _internal_call and output_dir is not None):
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            run.write_log(Path(output_dir), self.accelerator.unwrap_model(self.model))
+
+    def save_log(self, folder: str | Path) -> None:
+        """Write ``replay.jsonl`` of a zeroth-order run, from which its weights can be rebuilt.
+
+        Args:
+            folder: Where to write it.
+
+        Raises:
+            PlanError: No method of the run keeps a log.
+        """
+        if self.budgeted_run is None or self.budgeted_run.replay_log is None:
+            raise PlanError("there is no replay log: train with a zeroth-order method first, such as memory='mezo'.")
+        self.budgeted_run.write_log(Path(folder), self.accelerator.unwrap_model(self.model))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        checkpoint = Path(resume_from_checkpoint)
+        if self.budgeted_run is None or not is_log_checkpoint(checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        unwrapped = self.accelerator.unwrap_model(self.model if model is None else model)
+        load_log_checkpoint(checkpoint, unwrapped, self._folder)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self._clock("save"):
@@ -319,6 +394,26 @@ class BudgetedTrainerMixin(_Parent):
             logs.update(self.budgeted_run.log_entries())
         super().log(logs, *args, **kwargs)
 
+    # The Hub
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Name the repository. Where the Hub cannot be written now, the run starts all the same."""
+        super().init_hf_repo(*args, **kwargs) if self._resolved is None else find_repository(self, *args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Send model or adapter, card, plan, report, manifest and recipe (``publish.from_trainer.push_run``)."""
+        return super().push_to_hub(*args, **kwargs) if self._resolved is None else push_run(self, *args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._resolved is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+        else:
+            push_checkpoint(self, checkpoint_folder)
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        with without_token(self.args) if self._resolved is not None else contextlib.nullcontext():
+            super()._save(*args, **kwargs)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The parent's card with the run's plan and measurements added."""
         super().create_model_card(*args, **kwargs)
@@ -348,6 +443,7 @@ class _RunCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self._trainer
         trainer.memory_stack.train_begin(trainer.model, state.global_step)
+        trainer.budgeted_run.note_origin(trainer.accelerator.unwrap_model(trainer.model), state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self._trainer

@@ -20,7 +20,6 @@ METHODS = [(kind, name) for kind in KINDS for name in list_methods(kind)]
 
 # One user today, kept apart because each is a concept with tests of its own. A second user makes its line superfluous.
 LONE_MODULES = {
-    "hf_eff.numerics.activation_bytes": "what autograd keeps, in closed form; tested against measured bytes",
     "hf_eff.numerics.adapter_shapes": "sizes of adapters; tested against PEFT's",
     "hf_eff.numerics.balanced_influence": "greedy choice by the least served target; tested against a naive loop",
     "hf_eff.numerics.curves": "Bayesian average over curve families; tested against closed forms",
@@ -166,9 +165,11 @@ def test_public_names_are_frozen():
         *("BudgetedTrainerMixin", "GovernorCallback"),
         *("list_methods", "get_method", "method_card", "register_method"),
         *("AutoSelector", "AutoMemoryStrategy", "AutoGovernor"),
-        *("Selection", "select_dataset", "load_selected"),
+        *("Selection", "select_dataset", "load_selected", "combine_selections", "refresh_selection"),
+        *("Recipe", "list_recipes"),
         *("Budget", "Plan", "make_plan", "profile_memory"),
-        *("EffError", "EffWarning", "NoEffectWarning"),
+        *("Objective", "ClassificationError", "GenerationObjective"),
+        *("EffError", "EffWarning", "NoEffectWarning", "SelectionMismatchWarning"),
     }
 
 

@@ -67,6 +67,15 @@ def test_governed_sft(tmp_path):
     assert trainer.report["binding"]["stopped_by"] in ("flops", None)
 
 
+def test_zo_exact_match(tmp_path):
+    options = {**TINY, "max_steps": 2, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 1}
+    trainer = example("zo_exact_match").main(tiny_model(), tiny_tokenizer(), tiny_pool(12), 2, str(tmp_path), **options)
+    assert trainer.state.global_step == 2
+    assert (tmp_path / "checkpoint-2" / "replay.jsonl").is_file()
+    assert not (tmp_path / "checkpoint-2" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "replay.jsonl").stat().st_size < 16 * 1024
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_examples_use_the_public_names_only(path):
     import hf_eff

@@ -28,9 +28,16 @@ OVERRIDDEN = {
     "call_model_init": ("trial",),
     "_clip_grad_norm": ("model",),
     "_get_grad_norm": ("model", "grad_norm"),
+    "save_model": ("output_dir", "_internal_call"),
     "_save_checkpoint": ("model", "trial"),
     "_save_optimizer_and_scheduler": ("output_dir",),
+    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_optimizer_and_scheduler": ("checkpoint",),
+    "_get_train_sampler": ("train_dataset",),
+    "_save": (),
+    "_push_from_checkpoint": ("checkpoint_folder",),
+    "init_hf_repo": (),
+    "push_to_hub": (),
 }
 CALLED = {
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
@@ -110,8 +117,9 @@ def _recording(name):
     return method
 
 
+_UNRECORDED = ("log", "create_model_card", "evaluate", "_get_train_sampler", "_save", "init_hf_repo")
 for _name in [*OVERRIDDEN, "get_train_dataloader"]:
-    if _name not in ("log", "create_model_card", "evaluate"):
+    if _name not in _UNRECORDED:
         setattr(Recorder, _name, _recording(_name))
 
 
@@ -164,6 +172,7 @@ STEP = [
     "_get_grad_norm",
     "on_step_end",
     "_save_checkpoint",
+    "save_model",
     "_save_optimizer_and_scheduler",
 ]
 
@@ -181,6 +190,7 @@ def test_state_is_loaded_before_training_begins(trainer, tmp_path):
     run = trainer()
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     names = [name for name, _ in run.calls]
+    assert names.index("_load_from_checkpoint") < names.index("create_optimizer")  # replaying needs no optimizer
     assert (
         names.index("_load_optimizer_and_scheduler") < names.index("on_train_begin") < names.index("get_batch_samples")
     )

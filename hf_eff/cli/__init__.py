@@ -25,11 +25,17 @@ from hf_eff.errors import (
 COMMANDS = {
     "train": "Select, train under the budget, report.",
     "select": "Choose rows of a dataset and write their manifest; trains nothing.",
+    "pull": "Fetch a published selection into a folder.",
+    "push": "Send the folder of a run, or of a selection, to the Hub; what arrives is read back.",
+    "recipes": "List, show, pull and push recipes: settings that others can run with 'train --recipe'.",
+    "verify": "Check that a selection is intact and that a dataset is the one it was made from.",
     "compare-selections": "Show what selections of one dataset share, what they cost, whether their scores agree.",
     "plan": "Print what 'train' with the same flags would do and cost; spends nothing.",
     "profile": "Compare the memory that methods need, term by term, without weights.",
     "methods": "List the methods, or show the card of one.",
     "report": "Print the report of a finished run.",
+    "replay": "Rebuild the weights of a zeroth-order run, after any step, from its first weights and its log.",
+    "extension": "Make 'hf eff ...' this command, so that the hf command line has it, too.",
     "demo": "Select and train on a real model and real data, beside a random choice.",
 }
 USAGE_ERRORS = (DataError, ManifestError, MissingDependencyError, OptionError, PlanError, UnknownMethodError)

@@ -189,6 +189,12 @@ class RunFacts:
     """Bytes of optimizer state per trainable parameter; None for what ``optim`` takes."""
     auto_find_batch_size: bool = False
     custom_optimizer: bool = False
+    objective_forwards: float | None = None
+    """Forwards that one value of an objective without gradient costs; None where the loss is trained on."""
+    holds_weights: bool = False
+    """Whether such a value keeps a copy of the trained weights while it is worked out."""
+    load_best_model: bool = False
+    """Whether the best checkpoint's weights are loaded at the end."""
     lr_scheduler: str = "linear"
     learning_rate: float = 5e-5
     remove_unused_columns: bool = True

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from hf_eff.contracts.cost import ModelFacts
+    from hf_eff.contracts.cost import Facts, ModelFacts
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ class StepContext:
             with inputs prepared and the trainer's autocast, no backward, scaled for accumulation
             as the parent scales it, and free of side effects on the trainer's metrics.
         mean_over_ranks: Averages a tensor over processes (identity on one process).
+        holds_weights: Whether weights that a method changes for one ``loss`` had better stay in memory until it ends,
+            because the model runs many times in it.
     """
 
     model: nn.Module
@@ -96,6 +98,28 @@ class StepContext:
     stock: Callable[..., torch.Tensor]
     loss: Callable[..., torch.Tensor]
     mean_over_ranks: Callable[[torch.Tensor], torch.Tensor]
+    holds_weights: bool = False
+
+
+@dataclass(frozen=True)
+class SamplerContext:
+    """What a method may use to say in which order rows are trained on.
+
+    Attributes:
+        dataset: The rows, map-style.
+        batch_size: Rows of a micro-batch in one process; the order is cut into such batches.
+        processes: Processes that the batches are dealt out to in turn.
+        drop_last: Whether a last batch with fewer rows is left out.
+        seed: Seed of the data's order.
+        facts: What the plan rests on, as the methods change it.
+    """
+
+    dataset: Any
+    batch_size: int
+    processes: int
+    drop_last: bool
+    seed: int
+    facts: Facts
 
 
 class MemoryMethod:
@@ -117,6 +141,10 @@ class MemoryMethod:
 
     def train_begin(self, model: nn.Module, global_step: int) -> None:
         """Start of training; the model is wrapped or sharded by now."""
+
+    def sampler(self, context: SamplerContext) -> torch.utils.data.Sampler[int] | None:
+        """Order of the rows, or None for the trainer's own; ``set_epoch`` is called on it before each epoch."""
+        return None
 
     def step_begin(self, global_step: int) -> None:
         """Before the first micro-batch of optimizer step ``global_step`` (0-based)."""

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+from hf_eff.engines.log_checkpoint import REPLAY_LOG, is_log_checkpoint, is_whole_log
 from hf_eff.engines.sidecar import STATE_JSON
 from hf_eff.errors import CheckpointError
 
@@ -13,7 +14,12 @@ _FOLDER = re.compile(r"^checkpoint-(\d+)$")
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a save ran to its end: transformers writes ``trainer_state.json`` after all else."""
+    """Whether a save ran to its end: transformers writes ``trainer_state.json`` after all else.
+
+    A replay log in the place of weights must be whole as well.
+    """
+    if is_log_checkpoint(checkpoint) and not is_whole_log(checkpoint / REPLAY_LOG):
+        return False
     return _parses(checkpoint / "trainer_state.json") and _parses(checkpoint / STATE_JSON)
 
 

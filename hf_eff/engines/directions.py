@@ -2,7 +2,7 @@
 
 The direction of a parameter is a function of (run seed, step, draw, parameter name). Probe and update ask for it
 by the same call, ``add_``, and cannot drift apart. It does not depend on the order of the parameters, on the number
-of threads or on any global random state.
+of threads, on any global random state, or on how a parameter is divided among processes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -20,10 +22,32 @@ from torch import Tensor
 from hf_eff.numerics.keyed_random import make_key, random_words
 
 CHUNK = 2**20
-"""Entries that are drawn at a time; each chunk has a stream of its own. Other sizes give other directions."""
+"""Entries that have a stream of their own. Other sizes give other directions."""
 
+_PIECE = 2**17
+"""Entries at a time: the scratch memory stays in a core's cache. Other sizes give the same directions."""
+
+_BINS = 2**16
 _SIGN = -(2**31)
 _ONE = 0x3F800000  # the bits of 1.0
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The rows of a parameter that this process holds.
+
+    Attributes:
+        shape: Shape of the whole parameter.
+        first: Index of the first row held, along dimension 0.
+    """
+
+    shape: tuple[int, ...]
+    first: int
+
+    @property
+    def offset(self) -> int:
+        """Entries of the whole parameter before the first one held."""
+        return self.first * math.prod(self.shape[1:])
 
 
 class DirectionFamily(ABC):
@@ -34,18 +58,28 @@ class DirectionFamily(ABC):
 
     Attributes:
         name: What users type.
-        update_scale: Factor that makes the mean of (z . g) z equal to the gradient g.
+        reads_weights: Whether z depends on the weights it is added to.
+        shards: Parameters, by name, of which this process holds a part; the others are whole.
     """
 
     name: ClassVar[str]
-    update_scale: float = 1.0
+    reads_weights: ClassVar[bool] = False
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
+        self.shards: dict[str, Shard] = {}
 
     @abstractmethod
     def add_(
-        self, out: Tensor, name: str, step: int, scale: float, *, base: Tensor | None = None, draw: int = 0
+        self,
+        out: Tensor,
+        name: str,
+        step: int,
+        scale: float,
+        *,
+        base: Tensor | None = None,
+        draw: int = 0,
+        at: Tensor | None = None,
     ) -> Tensor:
         """Write ``base + scale * z`` into ``out``, computed in fp32 at least and rounded to ``out``'s type.
 
@@ -56,6 +90,7 @@ class DirectionFamily(ABC):
             scale: Multiple of z.
             base: What z is added to, of ``out``'s shape and type; None for ``out`` itself.
             draw: Which of several directions of one step.
+            at: Weights that z is taken at, where the family reads them; None for ``base``.
 
         Returns:
             ``out``.
@@ -65,17 +100,30 @@ class DirectionFamily(ABC):
     def describe(self, device: torch.device) -> dict[str, Any]:
         """What the numbers depend on beside the key: JSON-able, for a log that must be replayed exactly."""
 
+    def update_scale(self, name: str, part: Tensor) -> float:
+        """Factor that makes the mean of (z . g) z equal to the gradient g.
+
+        Args:
+            name: Parameter.
+            part: What this process holds of it.
+        """
+        return 1.0
+
     def key(self, name: str, step: int, draw: int, *parts: int) -> int:
         """64-bit key of one stream."""
         return make_key(_name_hash(name), self.seed, step, draw, *parts)
 
+    def place(self, name: str, part: Tensor) -> Shard:
+        """Where ``part`` lies in the whole parameter."""
+        return self.shards.get(name) or Shard(tuple(part.shape), 0)
+
 
 class StreamedDirections(DirectionFamily):
-    """Directions whose entries are drawn independently, a chunk at a time.
+    """Directions whose entries are drawn independently, piece by piece.
 
     Args:
         seed: Seed of the run.
-        chunk: Entries drawn at a time, a multiple of 64.
+        chunk: Entries that have a stream of their own, a multiple of 64.
     """
 
     def __init__(self, seed: int, chunk: int = CHUNK) -> None:
@@ -85,35 +133,71 @@ class StreamedDirections(DirectionFamily):
         self.chunk = chunk
         self._buffers: dict[tuple[torch.device, str], Tensor] = {}
 
+    @classmethod
+    def from_description(cls, seed: int, described: Mapping[str, Any]) -> StreamedDirections:
+        """Inverse of ``describe``."""
+        return cls(seed, described["chunk"])
+
     def add_(
-        self, out: Tensor, name: str, step: int, scale: float, *, base: Tensor | None = None, draw: int = 0
+        self,
+        out: Tensor,
+        name: str,
+        step: int,
+        scale: float,
+        *,
+        base: Tensor | None = None,
+        draw: int = 0,
+        at: Tensor | None = None,
     ) -> Tensor:
         """See the base class."""
         base = out if base is None else base
-        if not (out.is_contiguous() and base.is_contiguous()):
+        at = base if at is None else at
+        if not (out.is_contiguous() and base.is_contiguous() and at.is_contiguous()):
             total = torch.empty_like(out, memory_format=torch.contiguous_format)
-            return out.copy_(self.add_(total, name, step, scale, base=base.contiguous(), draw=draw))
-        target, source = out.view(-1), base.view(-1)
-        for index, start in enumerate(range(0, target.numel(), self.chunk)):
-            part = slice(start, min(start + self.chunk, target.numel()))
-            entries = self._entries(self.key(name, step, draw, index), part.stop - start, out.device)
-            torch.add(source[part], entries, alpha=scale, out=target[part])
+            return out.copy_(self.add_(total, name, step, scale, base=base.contiguous(), draw=draw, at=at.contiguous()))
+        target, source, weights = out.view(-1), base.view(-1), at.view(-1)
+        for part, entries in self._parts(self.place(name, out), target.numel(), name, step, draw, out.device):
+            kept = self._masked(entries, name, weights[part])
+            torch.add(source[part], kept, alpha=scale, out=target[part])
         return out
+
+    def _parts(
+        self, place: Shard, count: int, name: str, step: int, draw: int, device: torch.device
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Pieces of z over the ``count`` entries held.
+
+        Yields:
+            Where in these entries the piece goes, and the piece.
+        """
+        total, first = math.prod(place.shape), place.offset
+        for index in range(first // self.chunk, -(-(first + count) // self.chunk)):
+            begin = index * self.chunk
+            pieces = self._entries(self.key(name, step, draw, index), min(self.chunk, total - begin), device)
+            for entries in pieces:
+                end = begin + entries.numel()
+                low, high = max(begin, first), min(end, first + count)
+                if low < high:
+                    yield slice(low - first, high - first), entries[low - begin : high - begin]
+                begin = end
 
     def describe(self, device: torch.device) -> dict[str, Any]:
         """Name, chunk and random number generator."""
         return {"name": self.name, "chunk": self.chunk, "rng": self._rng(device)}
 
+    def _masked(self, entries: Tensor, name: str, weights: Tensor) -> Tensor:
+        """The entries, without those that the weights exclude."""
+        return entries
+
     @abstractmethod
-    def _entries(self, key: int, count: int, device: torch.device) -> Tensor:
-        """[count] fp32 entries of mean 0 and variance 1, valid until the next call."""
+    def _entries(self, key: int, count: int, device: torch.device) -> Iterator[Tensor]:
+        """[count] fp32 entries of mean 0 and variance 1, in pieces; each is valid until the next is asked for."""
 
     @abstractmethod
     def _rng(self, device: torch.device) -> str:
         """Identifier of the generator on this kind of device."""
 
     def _buffer(self, role: str, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """[count] scratch memory, reused from chunk to chunk."""
+        """[count] scratch memory, reused from piece to piece."""
         held = self._buffers.get((device, role))
         if held is None or held.numel() < count:
             held = self._buffers[device, role] = torch.empty(count, dtype=dtype, device=device)
@@ -128,14 +212,17 @@ class Rademacher(StreamedDirections):
 
     name = "rademacher"
 
-    def _entries(self, key: int, count: int, device: torch.device) -> Tensor:
-        num_words = -(-count // 64)
-        words = random_words(torch.tensor([key], device=device), num_words)[0].view(torch.int32)
-        bits = self._buffer("signs", 64 * num_words, device, torch.int32).view(32, 2 * num_words)
-        # Row k moves bit 31 - k of every word to the place of the sign; the rest is overwritten with 1.0.
-        torch.bitwise_left_shift(words, _shifts(device), out=bits)
-        bits.bitwise_and_(_SIGN).bitwise_or_(_ONE)
-        return bits.view(torch.float32).view(-1)[:count]
+    def _entries(self, key: int, count: int, device: torch.device) -> Iterator[Tensor]:
+        num_words = 2 * -(-count // 64)
+        words = random_words(torch.tensor([key], device=device), num_words // 2)[0].view(torch.int32)
+        rows = min(32, max(1, _PIECE // num_words))
+        for first in range(0, 32, rows):
+            # Row k moves bit 31 - k of every word to the place of the sign; the rest is overwritten with 1.0.
+            shifts = _shifts(device)[first : first + rows]
+            bits = self._buffer("signs", len(shifts) * num_words, device, torch.int32).view(-1, num_words)
+            torch.bitwise_left_shift(words, shifts, out=bits)
+            bits.bitwise_and_(_SIGN).bitwise_or_(_ONE)
+            yield bits.view(torch.float32).view(-1)[: max(0, count - first * num_words)]
 
     def _rng(self, device: torch.device) -> str:
         return "splitmix64"
@@ -144,43 +231,32 @@ class Rademacher(StreamedDirections):
 class Gaussian(StreamedDirections):
     """Standard normal entries.
 
-    On the CPU they are made of SFC64 words by Box and Muller's transform: torch's own generator draws on one thread
-    and seeds with 32 bits only. A pair takes a radius of 31 bits (entries up to 6.5) and an angle of 16 bits.
-    Elsewhere the device's generator draws them.
+    On the CPU each is one of 65,536 quantiles of the normal distribution, named by 16 bits of an SFC64 word: mean 0
+    and variance 1 exactly, fourth moment 2.99, none beyond 4.3. torch's own generator draws on one thread and seeds
+    with 32 bits only. Elsewhere the device's generator draws them.
     """
 
     name = "gaussian"
 
-    def _entries(self, key: int, count: int, device: torch.device) -> Tensor:
-        entries = self._buffer("entries", count + 1, device, torch.float32)
-        if device.type == "cpu":
-            return self._box_muller(key, entries)[:count]
-        generator = torch.Generator(device=device).manual_seed(key)
-        return entries[:count].normal_(generator=generator)
-
-    def _box_muller(self, key: int, entries: Tensor) -> Tensor:
-        """Fill ``entries`` with pairs r cos(t), r sin(t), with r^2 / 2 exponential and t uniform."""
-        pairs = entries.numel() // 2
-        cpu = entries.device
-        words = np.random.SFC64(key % 2**64).random_raw(-(-3 * pairs // 4))
-        raw = torch.from_numpy(words.view(np.int32))
-        radius = self._buffer("radius", pairs, cpu, torch.float32)
-        angle = self._buffer("angle", pairs, cpu, torch.float32)
-        radius.copy_(raw[:pairs].bitwise_or_(1))  # odd, hence never zero
-        radius.abs_().mul_(2.0**-31).log_().mul_(-2.0).sqrt_()
-        angle.copy_(raw[pairs:].view(torch.int16)[:pairs]).mul_(math.pi * 2.0**-15)
-        filled = entries[: 2 * pairs].view(2, pairs)
-        torch.cos(angle, out=filled[0])
-        torch.sin(angle, out=filled[1])
-        filled.mul_(radius)
-        return entries
+    def _entries(self, key: int, count: int, device: torch.device) -> Iterator[Tensor]:
+        if device.type != "cpu":
+            generator = torch.Generator(device=device).manual_seed(key)
+            yield self._buffer("entries", count, device, torch.float32).normal_(generator=generator)
+            return
+        words, table = np.random.SFC64(key % 2**64), _quantiles()
+        for first in range(0, count, _PIECE):
+            size = min(_PIECE, count - first)
+            raw = torch.from_numpy(words.random_raw(-(-size // 4)).view(np.int16))[:size]
+            index = self._buffer("index", size, device, torch.int32)
+            entries = self._buffer("entries", size, device, torch.float32)
+            yield torch.index_select(table, 0, index.copy_(raw).add_(_BINS // 2), out=entries)
 
     def _rng(self, device: torch.device) -> str:
-        return "sfc64 + box-muller" if device.type == "cpu" else f"torch.Generator({device.type}).normal_"
+        return "sfc64 + quantiles" if device.type == "cpu" else f"torch.Generator({device.type}).normal_"
 
 
 FAMILIES: dict[str, type[StreamedDirections]] = {family.name: family for family in (Gaussian, Rademacher)}
-"""Families by the name that users type and logs carry."""
+"""Families of independent entries, by the name that users type and logs carry."""
 
 
 @lru_cache(maxsize=65536)
@@ -191,3 +267,11 @@ def _name_hash(name: str) -> int:
 @lru_cache(maxsize=8)
 def _shifts(device: torch.device) -> Tensor:
     return torch.arange(32, dtype=torch.int32, device=device)[:, None]
+
+
+@lru_cache(maxsize=1)
+def _quantiles() -> Tensor:
+    """[65536] fp32 middles, in probability, of as many equally likely slices of N(0, 1), scaled to variance 1."""
+    upper = torch.special.ndtri((torch.arange(_BINS // 2, _BINS, dtype=torch.float64) + 0.5) / _BINS)
+    upper /= upper.square().mean().sqrt()
+    return torch.cat([-upper.flip(0), upper]).float()

@@ -1,9 +1,10 @@
 """Other weights for the time of a forward, while the stored ones stay bitwise untouched.
 
 A parameter is replaced when the module that holds it starts its forward and put back when that forward ends, so that
-only the modules at work hold a copy. Some parameters are also read elsewhere: by a fused output head, by a tied
-module, by an adapter that multiplies matrices itself. Those are replaced for the whole evaluation. The obvious ones
-are known from the module tree; the rest is found by watching which tensors the first evaluation reads.
+only the modules at work hold a copy; where a model runs many times an evaluation, copies can be held to its end.
+Some parameters are also read elsewhere: by a fused output head, by a tied module, by an adapter that multiplies
+matrices itself. Those are replaced for the whole evaluation. The obvious ones are known from the module tree; the rest
+is found by watching which tensors the first evaluation reads.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ class EphemeralWeights:
     Args:
         model: The model whose forward is evaluated; not compiled, since its hooks must run.
         parameters: What is replaced, each tensor under one name.
+
+    Attributes:
+        holds: Whether a replacement, once made, stays until the evaluation ends: a copy of everything, made once.
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -61,6 +65,7 @@ class EphemeralWeights:
         self._owners = _owners(model, self.parameters)
         self._resident = _read_elsewhere(model, self._owners, self.parameters)
         self._watched = False
+        self.holds = False
 
     @property
     def resident(self) -> frozenset[str]:
@@ -72,7 +77,7 @@ class EphemeralWeights:
 
         Args:
             value: Gives the replacement, a new tensor of the same shape and type. It is called once per forward of
-                the module and has to return equal numbers each time.
+                the module, or once where ``holds`` is set, and has to return equal numbers each time.
             function: Runs the model, without gradients. Called a second time where the first evaluation shows that
                 a parameter is read outside its module's forward.
 
@@ -125,7 +130,7 @@ class EphemeralWeights:
         try:
             swap(self._resident)
             for module, names in self._owners.items():
-                handles += _hook(module, names - self._resident, swap, put_back)
+                handles += _hook(module, names - self._resident, swap, put_back, stays=self.holds)
             yield
         finally:
             for handle in handles:
@@ -138,10 +143,14 @@ def _hook(
     names: Collection[str],
     enter: Callable[[Collection[str]], None],
     leave: Callable[[Collection[str]], None],
+    *,
+    stays: bool,
 ) -> list[torch.utils.hooks.RemovableHandle]:
     if not names:
         return []
     before = module.register_forward_pre_hook(lambda *_: enter(names))
+    if stays:
+        return [before]
     after = module.register_forward_hook(lambda *_: leave(names), always_call=True)
     return [before, after]
 

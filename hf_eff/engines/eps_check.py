@@ -13,15 +13,17 @@ LARGEST_GAP = 0.5
 """Relative difference from which on the estimate is not to be trusted."""
 
 
-def warn_if_apart(losses: Tensor, closer: Tensor, eps: float) -> None:
+def warn_if_apart(losses: Tensor, closer: Tensor, eps: float, *, one_sided: bool = False) -> None:
     """Warn when curvature (eps too large) or rounding (eps too small) shows in the projected gradient.
 
     Args:
         losses: [2] losses above and below, at a distance of eps.
         closer: [2] the same at eps / 2.
         eps: Length of the perturbation.
+        one_sided: Whether the second loss is the one at the weights themselves.
     """
-    far, near = float(losses[0] - losses[1]) / (2 * eps), float(closer[0] - closer[1]) / eps
+    apart = eps if one_sided else 2 * eps
+    far, near = float(losses[0] - losses[1]) / apart, float(closer[0] - closer[1]) / (apart / 2)
     gap = abs(far - near) / max(abs(far), abs(near), math.ulp(0.0))
     if gap > LARGEST_GAP:
         warnings.warn(

@@ -36,7 +36,15 @@ BYTES_PER_TOKEN = 4.0
 """Rule of thumb for text that is not tokenised yet; English with a vocabulary of 32k or more."""
 _SAMPLE_ROWS = 2000
 
-__all__ = ["batch_shape", "model_facts", "model_facts_from_config", "pool_facts", "token_counts", "trainable_facts"]
+__all__ = [
+    "batch_shape",
+    "is_causal_lm",
+    "model_facts",
+    "model_facts_from_config",
+    "pool_facts",
+    "token_counts",
+    "trainable_facts",
+]
 
 
 # -- models ---------------------------------------------------------------------------------------------------------
@@ -68,7 +76,7 @@ def model_facts(model: nn.Module) -> ModelFacts:
         weight_bytes=storage_bytes(weight_tensors(model)),
         param_bytes=_bytes_per_parameter(model),
         trainable=trainable_facts(model),
-        is_causal_lm=_is_causal_lm(model),
+        is_causal_lm=is_causal_lm(model),
         is_encoder_decoder=encoder_blocks(model) > 0,
         is_peft=bool(getattr(model, "peft_config", None)),
         is_quantized=_is_quantized(model),
@@ -164,7 +172,8 @@ def _auto_class(config: Any) -> Any:
     return transformers.AutoModel
 
 
-def _is_causal_lm(model: nn.Module) -> bool:
+def is_causal_lm(model: nn.Module) -> bool:
+    """Whether a model has one stack that predicts each next token."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     name = backbone_name(model)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from hf_eff.engines.directions import FAMILIES, DirectionFamily
+from hf_eff.engines.direction_families import rebuilt
+from hf_eff.engines.low_rank_momentum import LowRankMomentum
 from hf_eff.engines.replay_header import LogHeader
-from hf_eff.engines.replay_log import ReplayLog, StepRecord
-from hf_eff.engines.zeroth_order import update
+from hf_eff.engines.replay_log import ReplayLog
+from hf_eff.engines.update_rules import RecentMomentum, UpdateRule
 from hf_eff.errors import CheckpointError
 
 
@@ -33,32 +34,25 @@ def replay(model: nn.Module, log: ReplayLog, until_step: int | None = None) -> N
     groups: list[dict[str, nn.Parameter]] = [{} for _ in range(1 + max(row[3] for row in header.parameters))]
     for name, _, _, index in header.parameters:
         groups[index][name] = every[name]
-    family = _family(header)
-    here = LogHeader.of(family, header.eps, groups)
+    family, rule = rebuilt(header.seed, header.family), _rule(header)
+    here = LogHeader.of(family, header.eps, groups, rule.describe())
     header.require_same(here, "replay the run")
     if header.base != here.base:
-        raise CheckpointError("cannot replay the run: it started from other weights than the model has.")
+        raise CheckpointError(
+            "cannot replay the run: it started from other weights than the model has; load those anew."
+        )
+    state: dict[Any, dict[str, Any]] = {}
     for record in log.records:
         if until_step is None or record.step < until_step:
-            apply(record, groups, family)
+            rule.apply(record, groups, family, state)
 
 
-def apply(record: StepRecord, groups: Sequence[Mapping[str, Tensor]], family: DirectionFamily) -> None:
-    """Do one recorded step; a run and its replay both come through here.
-
-    Args:
-        record: The step.
-        groups: Parameters by name, one mapping a parameter group.
-        family: Makes the directions.
-    """
-    if record.skipped:
-        return
-    for group, lr, weight_decay in zip(groups, record.lr, record.weight_decay, strict=True):
-        update(group.items(), family, record.terms, step=record.step, lr=lr, weight_decay=weight_decay)
-
-
-def _family(header: LogHeader) -> DirectionFamily:
-    name = header.family.get("name")
-    if name not in FAMILIES:
-        raise CheckpointError(f"cannot replay the run: its directions {name!r} are none of {list(FAMILIES)}.")
-    return FAMILIES[name](header.seed, header.family["chunk"])
+def _rule(header: LogHeader) -> UpdateRule:
+    described = header.rule
+    if not described:
+        return UpdateRule()
+    if described.get("name") == "recent_momentum":
+        return RecentMomentum(described["beta"], window=described["window"])
+    if described.get("name") == "low_rank_momentum":
+        return LowRankMomentum(described["beta"])
+    raise CheckpointError(f"cannot replay the run: its update rule {described.get('name')!r} is not known.")

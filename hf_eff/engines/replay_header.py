@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from hf_eff.errors import CheckpointError
 VERSION = 1
 _PROBED_ENTRIES = 2**14
 _SAMPLED_ENTRIES = 256
-_FREE = ("torch", "device", "base")
+_FREE = ("torch", "device", "base", "origin")
 """Fields that a continued run may change: software and device are judged by their arithmetic."""
 
 
@@ -40,6 +41,8 @@ class LogHeader:
         torch: Version that wrote the log, for reading only.
         device: Kind of device that wrote the log, for reading only.
         version: Of this format.
+        rule: How coefficients become an update; empty for their mean.
+        origin: Where the weights at the start come from, as ``engines.replay_origin`` describes it.
     """
 
     seed: int
@@ -51,15 +54,24 @@ class LogHeader:
     torch: str = torch.__version__
     device: str = "cpu"
     version: int = VERSION
+    rule: Mapping[str, Any] = field(default_factory=dict)
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, family: DirectionFamily, eps: float, groups: Sequence[Mapping[str, nn.Parameter]]) -> LogHeader:
+    def of(
+        cls,
+        family: DirectionFamily,
+        eps: float,
+        groups: Sequence[Mapping[str, nn.Parameter]],
+        rule: Mapping[str, Any] | None = None,
+    ) -> LogHeader:
         """Header of a run that starts now.
 
         Args:
             family: Makes the directions.
             eps: Length of the perturbations.
             groups: Parameters by name, one mapping a parameter group.
+            rule: How coefficients become an update; None for their mean.
         """
         rows = [
             (name, tuple(parameter.shape), str(parameter.dtype), index)
@@ -76,12 +88,18 @@ class LogHeader:
             arithmetic=arithmetic_digest(family, device),
             base=weights_digest(every.values()),
             device=device.type,
+            rule=dict(rule or {}),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able copy."""
         rows = [[name, list(shape), kind, group] for name, shape, kind, group in self.parameters]
-        return {**dataclasses.asdict(self), "parameters": rows}
+        values = {**dataclasses.asdict(self), "parameters": rows}
+        if not self.rule:
+            del values["rule"]  # as in logs from before there were rules, whose digests must hold
+        if not self.origin:
+            del values["origin"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LogHeader:
@@ -95,15 +113,16 @@ class LogHeader:
         Raises:
             CheckpointError: A field differs that the weights depend on.
         """
-        for field in dataclasses.fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if field.name not in _FREE and mine != theirs:
-                raise CheckpointError(f"cannot {doing}: {_difference(field.name, mine, theirs)}")
+        for each in dataclasses.fields(self):
+            mine, theirs = getattr(self, each.name), getattr(other, each.name)
+            if each.name not in _FREE and mine != theirs:
+                raise CheckpointError(f"cannot {doing}: {_difference(each.name, mine, theirs)}")
 
 
 def arithmetic_digest(family: DirectionFamily, device: torch.device) -> str:
     """SHA-256 of a fixed small update: other generators, kernels or roundings give another one."""
     ramp = torch.arange(_PROBED_ENTRIES, device=device, dtype=torch.float32).div_(_PROBED_ENTRIES)
+    ramp = ramp.view(math.isqrt(_PROBED_ENTRIES), -1)
     tensors = {"fp32": ramp, "bf16": ramp.to(torch.bfloat16)}
     update(tensors.items(), family, [Term(0, 0, 0.3), Term(1, 1, 0.7)], step=1, lr=1e-2, weight_decay=0.1)
     return _sha256(tensors.values())

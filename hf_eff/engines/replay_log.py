@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from hf_eff.engines.replay_header import LogHeader
 from hf_eff.engines.zeroth_order import Term
 from hf_eff.errors import CheckpointError
 from hf_eff.files import write_text
+
+_ENOUGH = 8  # steps that a median is taken of
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,13 @@ class ReplayLog:
             count += 1
         return count
 
+    def median_coefficient(self, steps: int) -> float | None:
+        """Median |c| of the last steps that moved the weights; None while there are fewer than eight."""
+        recent = [record for record in self.records[-steps:] if not record.skipped]
+        if len(recent) < _ENOUGH:
+            return None
+        return statistics.median(abs(c) for record in recent for c in record.coefficients)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able copy: the header, one line of text a step, and a digest of both."""
         header, *records = self._lines()
@@ -138,9 +148,15 @@ class ReplayLog:
         """SHA-256 of header and records."""
         return hashlib.sha256("\n".join(self._lines()).encode()).hexdigest()
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON lines, atomically: the header, one line a step, the digest."""
-        write_text(path, "\n".join([*self._lines(), json.dumps({"sha256": self.digest()})]) + "\n")
+    def save(self, path: str | os.PathLike[str], weights: str | None = None) -> None:
+        """Write JSON lines, atomically: the header, one line a step, the digest.
+
+        Args:
+            path: The file.
+            weights: Digest of the weights after the last step, where it is known.
+        """
+        end = {"sha256": self.digest(), **({} if weights is None else {"weights": weights})}
+        write_text(path, "\n".join([*self._lines(), json.dumps(end)]) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ReplayLog:

@@ -87,7 +87,7 @@ def _has_rows(value: Any, rows: int) -> bool:
 
 
 def _refuse_unsplittable(inputs: Mapping[str, Any], rows: int) -> None:
-    if any(name.startswith(_FLATTENED) for name in inputs) or (rows == 1 and _restarts(inputs)):
+    if is_flattened(inputs):
         raise PlanError(
             "a row of this batch holds several documents (packing or padding_free), so that it cannot be split by "
             "rows; set packing=False and padding_free=False, or lower per_device_train_batch_size or max_length."
@@ -99,6 +99,11 @@ def _refuse_unsplittable(inputs: Mapping[str, Any], rows: int) -> None:
                 "cannot be split by rows; lower per_device_train_batch_size and raise "
                 "gradient_accumulation_steps instead."
             )
+
+
+def is_flattened(inputs: Mapping[str, Any]) -> bool:
+    """Whether a row of the batch holds several documents, by packing or ``padding_free``."""
+    return any(name.startswith(_FLATTENED) for name in inputs) or (num_rows(inputs) == 1 and _restarts(inputs))
 
 
 def _restarts(inputs: Mapping[str, Any]) -> bool:

@@ -13,9 +13,9 @@ from torch import nn
 from hf_eff.contracts.memory import OptimizerContext
 from hf_eff.engines.directions import DirectionFamily
 from hf_eff.engines.ephemeral import unique_parameters
-from hf_eff.engines.replay import apply
 from hf_eff.engines.replay_header import LogHeader
 from hf_eff.engines.replay_log import ReplayLog, StepRecord
+from hf_eff.engines.update_rules import UpdateRule
 from hf_eff.errors import EffError, EffWarning, PlanError, TrainingDivergedError
 
 SKIPS_IN_A_ROW = 10
@@ -27,7 +27,8 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float64)
 class ZerothOrderOptimizer(torch.optim.Optimizer):
     """Moves parameters along directions that are drawn again, and writes each step to a replay log.
 
-    Schedulers, weight decay and saving work through ``param_groups`` as for any optimizer; ``state`` stays empty.
+    Schedulers, weight decay and saving work through ``param_groups`` as for any optimizer; ``state`` holds what the
+    rule remembers, which for most is nothing.
 
     Args:
         groups: Parameters by name, one mapping a parameter group.
@@ -35,6 +36,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         family: Makes the directions.
         lr: Learning rate.
         eps: Length of the perturbations, for the log.
+        rule: How coefficients move the weights; None for their mean.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         *,
         lr: float,
         eps: float,
+        rule: UpdateRule | None = None,
     ) -> None:
         named = [
             {"params": list(group.items()), "weight_decay": decay}
@@ -52,7 +55,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         ]
         super().__init__(named, {"lr": lr, "weight_decay": 0.0})
         self.family = family
-        self.log = ReplayLog(LogHeader.of(family, eps, groups))
+        self.rule = rule or UpdateRule()
+        self.log = ReplayLog(LogHeader.of(family, eps, groups, self.rule.describe()))
         self._staged: tuple[int, tuple[float, ...]] | None = None
 
     @property
@@ -100,6 +104,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             EffError: Nothing is staged.
         """
         loss = None if closure is None else closure()
+        if self._staged is None and not any(group["lr"] for group in self.param_groups):
+            return loss  # whoever asks what state a step leaves takes one at rate zero
         if self._staged is None:
             raise EffError("the zeroth-order optimizer has no probe to apply; call training_step before step.")
         (step, coefficients), self._staged = self._staged, None
@@ -111,17 +117,40 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         )
         groups = [dict(zip(group["param_names"], group["params"], strict=True)) for group in self.param_groups]
         self.log.append(record)
-        apply(record, groups, self.family)
+        self.rule.apply(record, groups, self.family, self.state)
         return loss
 
+    def resume(self, log: ReplayLog) -> None:
+        """Continue a run after the last step of its log."""
+        self.log = log
+        self.rule.restore(log.records)
 
-def make_optimizer(context: OptimizerContext, family: DirectionFamily, eps: float) -> ZerothOrderOptimizer:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load groups and state; torch would round what the rule remembers to the parameters' type.
+
+        Args:
+            state_dict: What ``state_dict`` returned.
+        """
+        super().load_state_dict({**state_dict, "state": {}})
+        parameters = [each for group in self.param_groups for each in group["params"]]
+        for index, held in state_dict["state"].items():
+            device = parameters[index].device
+            self.state[parameters[index]] = {
+                key: value.to(device, copy=True) if isinstance(value, torch.Tensor) else value
+                for key, value in held.items()
+            }
+
+
+def make_optimizer(
+    context: OptimizerContext, family: DirectionFamily, eps: float, rule: UpdateRule | None = None
+) -> ZerothOrderOptimizer:
     """Optimizer over the candidates in two groups, with and without weight decay.
 
     Args:
         context: Model, candidates, decay and learning rate.
         family: Makes the directions.
         eps: Length of the perturbations.
+        rule: How coefficients move the weights; None for their mean.
 
     Raises:
         PlanError: Nothing is trainable, or a parameter's type cannot be trained this way.
@@ -147,4 +176,5 @@ def make_optimizer(context: OptimizerContext, family: DirectionFamily, eps: floa
         family,
         lr=context.optimizer_kwargs["lr"],
         eps=eps,
+        rule=rule,
     )

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hf_eff.contracts.memory import BatchShape, MemoryMethod, OptimizerContext, StepContext
+from hf_eff.contracts.memory import BatchShape, MemoryMethod, OptimizerContext, SamplerContext, StepContext
 from hf_eff.contracts.spec import SLOTS
 from hf_eff.errors import CheckpointError
 
@@ -56,7 +56,16 @@ class MemoryStack(MemoryMethod):
     @property
     def changes_model(self) -> bool:
         """Whether a part replaces or wraps the model before the trainer is built."""
-        return any(type(part).prepare_model is not MemoryMethod.prepare_model for part in self.parts)
+        return bool(self.model_changes)
+
+    @property
+    def model_changes(self) -> dict[str, dict[str, Any]]:
+        """Options of the parts that replace or wrap the model, by name, outermost first."""
+        return {
+            chosen.spec.name: chosen.config.to_dict()
+            for chosen, part in zip(self._chosen, self.parts, strict=True)
+            if type(part).prepare_model is not MemoryMethod.prepare_model
+        }
 
     def prepare_model(self, model: nn.Module, seed: int) -> nn.Module:
         """Let every part change the model, weights first."""
@@ -76,6 +85,11 @@ class MemoryStack(MemoryMethod):
         """Forward to every part."""
         for part in self.parts:
             part.train_begin(model, global_step)
+
+    def sampler(self, context: SamplerContext) -> torch.utils.data.Sampler[int] | None:
+        """The innermost order that a part has, or None for the trainer's own."""
+        orders = (part.sampler(context) for part in reversed(self.parts))
+        return next((order for order in orders if order is not None), None)
 
     def step_begin(self, global_step: int) -> None:
         """Forward to every part."""

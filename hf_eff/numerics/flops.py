@@ -95,6 +95,24 @@ def forward_flops(facts: ModelFacts, shape: BatchShape) -> float:
     return _cached(_forward, facts, None).of(shape)
 
 
+def generation_flops(facts: ModelFacts, shape: BatchShape, new_tokens: int) -> float:
+    """FLOPs of generating with a key-value cache when no row ends early.
+
+    One forward over the prompts, whose last position gives the first token, and one forward a further token.
+
+    Args:
+        facts: Shapes of the model.
+        shape: Prompts; of an encoder-decoder model the source is the prompt.
+        new_tokens: Tokens generated in each row.
+    """
+    form, rows, source = _cached(_forward, facts, None), shape.rows, shape.encoder_length
+    start = 1 if facts.is_encoder_decoder else shape.length
+    first = form.of(BatchShape(rows, start, source)) - 2.0 * facts.head_matmul_params * rows * (start - 1)
+    further = new_tokens - 1
+    attended = start * further + further * (further + 1) / 2
+    return first + rows * (further * (form.token + form.cross_pair * source) + form.pair * attended)
+
+
 def backward_flops(facts: ModelFacts, shape: BatchShape, trainable: TrainableFacts | None = None) -> float:
     """FLOPs of one backward pass.
 

@@ -16,6 +16,7 @@ batch. The work is s additions an entry and example, whatever d is, of numbers t
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterable
@@ -104,7 +105,7 @@ class SparseProjector(Projector):
     def ranges(self) -> list[tuple[int, int]]:
         """First column, and the one after the last, of each of the s ranges."""
         bounds = [self.dims * number // self._used for number in range(self._used + 1)]
-        return list(zip(bounds[:-1], bounds[1:], strict=True))
+        return list(itertools.pairwise(bounds))
 
     def turns(self, index: int, number: int) -> list[int]:
         """Places by which each run of a tensor's entries is turned within a range, from 0 to its width less one.

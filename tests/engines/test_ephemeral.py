@@ -290,3 +290,37 @@ def test_frozen_weights_are_never_replaced():
     with forward_only(model):
         weights.evaluate(value, lambda: loss_of(model))
     assert touched == set(trainable(model))
+
+
+def test_copies_that_are_held_are_made_once_and_put_back_even_after_an_error():
+    model = tiny_model(layers=2, width=32)
+    parameters = unique_parameters(model, trainable(model))
+    stored = {name: (parameter.data_ptr(), parameter.detach().clone()) for name, parameter in parameters.items()}
+    weights = EphemeralWeights(model, parameters)
+    ids = torch.arange(6, 12)[None]
+    shifted = perturbed(1e-2)
+    weights.evaluate(shifted, lambda: model(input_ids=ids))  # finds what is read where
+    made = []
+
+    def count(name, stored):
+        made.append(name)
+        return shifted(name, stored)
+
+    def twice():
+        return [model(input_ids=ids).logits, model(input_ids=ids).logits]
+
+    with torch.no_grad():
+        fresh = weights.evaluate(count, twice)
+        often = len(made)
+        made.clear()
+        weights.holds = True
+        held = weights.evaluate(count, twice)
+    assert all(torch.equal(a, b) for a, b in zip(fresh, held, strict=True))
+    assert sorted(made) == sorted(parameters)
+    assert often > len(parameters)
+    with pytest.raises(ZeroDivisionError):
+        weights.evaluate(shifted, lambda: [model(input_ids=ids), 1 / 0])
+    for name, parameter in parameters.items():
+        address, value = stored[name]
+        assert parameter.data_ptr() == address
+        assert torch.equal(parameter, value)
