@@ -55,10 +55,9 @@ class Address:
         >>> Address.parse("hub:user/pool/less-5pct@v1")
         Address(source='user/pool', name='less-5pct', revision='v1')
         """
-        place = text.removeprefix(SCHEME)
-        if place and Path(place).is_dir():
-            return cls(place)
-        path, _, revision = place.partition("@")
+        if not text.startswith(SCHEME) and text and Path(text).is_dir():
+            return cls(text)
+        path, _, revision = text.removeprefix(SCHEME).partition("@")
         parts = path.split("/")
         if not text.startswith(SCHEME) or len(parts) not in (2, 3) or not all(map(_NAME.fullmatch, parts)):
             raise OptionError(

@@ -52,8 +52,14 @@ CASES = {
     "lora+badam": {"memory": "lora+badam", "memory_kwargs": {"badam": BLOCKS}},
     "fused": {"memory": "fused", "memory_kwargs": {"rule": "sgd", "clip": "two_backwards"}},
     "top_layers": {"memory": "top_layers", "memory_kwargs": {"layers": 1}},
+    "mezo": {"memory": "mezo", "gradient_accumulation_steps": 2},
+    "lozo": {"memory": "lozo", "memory_kwargs": {"refresh_every": 2}},
+    "subzero": {"memory": "subzero", "memory_kwargs": {"rank": 4, "refresh_every": 2}},
 }
-PROMISED = ("full", "badam", "hift", "lisa", "lora", "fused", "top_layers", "checkpointing", "row_chunks")
+PROMISED = (
+    *("full", "badam", "hift", "lisa", "lora", "fused", "top_layers", "checkpointing", "row_chunks"),
+    *("mezo", "lozo", "subzero"),
+)
 """Methods that the cases above show to work sharded."""
 
 
