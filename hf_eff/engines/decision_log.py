@@ -4,7 +4,7 @@ Format ``hf_eff.governor_log``, version 1. Each line is an object with a ``kind`
 
 - ``header``    first line; ``format``, ``format_version`` and ``run``, what the writer knew beforehand
 - ``decision``  one look at which a probe was taken or something was decided: ``step``, ``telemetry`` (the governor's
-  input), ``action``, ``reason`` and ``details`` (the numbers the decision rests on)
+  input), ``action`` and its ``target``, ``reason`` and ``details`` (the numbers the decision rests on)
 - ``footer``    last line of a run that ended; ``summary``
 
 What no two runs share stands apart under the optional key ``measured``: the time of writing, and spending in
@@ -72,6 +72,7 @@ class GovernorLog:
                 "step": telemetry.step,
                 "telemetry": seen,
                 "action": decision.action,
+                "target": decision.target,
                 "reason": decision.reason,
                 "details": dict(decision.details),
                 "measured": {"time": _now(), "spent": measured},
@@ -172,7 +173,7 @@ def _line(record: Mapping[str, Any]) -> str:
 def _read(record: Mapping[str, Any]) -> LoggedDecision:
     seen = _restored(record["telemetry"])
     seen["spent"] = {**seen["spent"], **_restored(record.get("measured", {}).get("spent", {}))}
-    decision = Decision(record["action"], record["reason"], record["details"])
+    decision = Decision(record["action"], record["reason"], record["details"], record.get("target", ""))
     return LoggedDecision(Telemetry.from_dict(seen), decision)
 
 

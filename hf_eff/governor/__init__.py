@@ -75,8 +75,9 @@ def compare(path: str | Path, governor: Governor) -> list[Difference]:
 
 
 def _same(logged: Decision, replayed: Decision) -> bool:
-    return (logged.action, logged.reason, logged.details) == (
+    return (logged.action, logged.target, logged.reason, logged.details) == (
         replayed.action,
+        replayed.target,
         replayed.reason,
         plain(replayed.details),
     )
