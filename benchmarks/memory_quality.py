@@ -54,15 +54,16 @@ def main() -> None:
     """Run what is missing, print the tables."""
     arguments = _parse()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-    bench = Bench(arguments.results, arguments.threads)
     names = arguments.only or list(METHODS)
-    for name in names:
-        bench.best_rate(name)
-    for seed in range(arguments.seeds):
-        bench.run("untrained", "compute", 0.0, seed)
+    with tempfile.TemporaryDirectory() as cache:
+        bench = Bench(arguments.results, arguments.threads, cache)
         for name in names:
-            for regime in ("compute", "memory"):
-                bench.run(name, regime, bench.best_rate(name), seed)
+            bench.best_rate(name)
+        for seed in range(arguments.seeds):
+            bench.run("untrained", "compute", 0.0, seed)
+            for name in names:
+                for regime in ("compute", "memory"):
+                    bench.run(name, regime, bench.best_rate(name), seed)
     print(render(bench.rows, names))
 
 
@@ -76,10 +77,10 @@ def _parse() -> argparse.Namespace:
 
 
 class Bench:
-    """Runs, each done once and kept in a file."""
+    """Runs, each done once and kept in a file; ``cache`` keeps the converted model."""
 
-    def __init__(self, path: Path, threads: int) -> None:
-        self.path, self.threads = path, threads
+    def __init__(self, path: Path, threads: int, cache: str) -> None:
+        self.path, self.threads, self.cache = path, threads, cache
         self.rows: list[Row] = []
         if path.is_file():
             self.rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -94,7 +95,7 @@ class Bench:
         key = {"name": name, "regime": regime, "rate": rate, "seed": seed}
         done = next((row for row in self.rows if all(row[part] == value for part, value in key.items())), None)
         if done is None:
-            done = {**key, **_measure(name, regime, rate, seed, self.threads)}
+            done = {**key, **_measure(name, regime, rate, seed, self.threads, self.cache)}
             self.rows.append(done)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(done) + "\n")
@@ -102,14 +103,14 @@ class Bench:
         return done
 
 
-def _measure(name: str, regime: str, rate: float, seed: int, threads: int) -> Row:
+def _measure(name: str, regime: str, rate: float, seed: int, threads: int, cache: str) -> Row:
     """Train once; losses before and after come from the same rows and texts."""
     import torch
 
     from hf_eff.cli.embedded import load_smollm2, reasoning_pool
 
     torch.set_num_threads(threads)
-    model, tokenizer = load_smollm2()
+    model, tokenizer = load_smollm2(cache_dir=cache)
     rows = reasoning_pool(FAMILIES, PER_FAMILY + TEST_PER_FAMILY, seed).shuffle(seed=seed)
     test = _first_of_each(rows, TEST_PER_FAMILY)
     held_out = {str(prompt) for prompt in test["prompt"]}
