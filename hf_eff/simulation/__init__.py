@@ -1,0 +1,1 @@
+"""Runs without a model: what a policy is worth where the truth is known."""
