@@ -34,6 +34,8 @@ COMMANDS = {
     "profile": "Compare the memory that methods need, term by term, without weights.",
     "methods": "List the methods, or show the card of one.",
     "report": "Print the report of a finished run.",
+    "governor": "Decide a recorded run again, by its own policy or by others; run the shipped simulations.",
+    "race": "Several runs share one budget: the best goes on, the others stop early.",
     "replay": "Rebuild the weights of a zeroth-order run, after any step, from its first weights and its log.",
     "extension": "Make 'hf eff ...' this command, so that the hf command line has it, too.",
     "demo": "Select and train on a real model and real data, beside a random choice.",

@@ -16,7 +16,7 @@ from hf_eff.numerics.robust_slope import robust_slope
 FEWEST_PROBES = 5
 """Probes since the last break before a fit says anything."""
 BREAK_DISCOUNT = 0.3
-"""Factor on the weight of probes taken before the learning rate jumped."""
+"""Factor on the weight of probes taken before the learning rate jumped, or before data or memory changed."""
 JUMP_SPEED = 4.0
 """A learning rate that changes this many times faster than a linear decay over the budget has jumped."""
 SMALLEST_JUMP = 0.05
@@ -36,17 +36,31 @@ class Outlook:
         now: Present value of the clock that they are fitted on.
         per_compute: Advance of that clock per unit of compute, at the present learning rate.
         recent_rate: Theil-Sen drop of the loss per unit of compute over the last probes.
+        first_loss: Held-out loss at the first probe.
+        start: Spent compute at the first probe.
     """
 
     posterior: CurvePosterior
     now: float
     per_compute: float
     recent_rate: float
+    first_loss: float
+    start: float
 
     @property
     def level(self) -> float:
         """Smoothed loss now, relative to the first probe."""
         return self.posterior.predict(self.now)[0]
+
+    @property
+    def loss(self) -> float:
+        """Smoothed loss now."""
+        return self.first_loss + self.level
+
+    @property
+    def realised(self) -> float:
+        """Smoothed gain since the first probe, at or above 0."""
+        return max(0.0, -self.level)
 
     def forecast(self, compute: float, threshold: float) -> GainForecast:
         """Drop of the loss over the next ``compute``, held against ``threshold``."""
@@ -65,6 +79,9 @@ class _Columns:
         se: Standard error of each paired difference; the first probe has none.
         weight: Factor on the weight in the fit, lowered by breaks.
         first_step, last_step: Optimizer steps done at the first and at the last probe.
+        first_loss: Held-out loss at the first probe.
+        data_phase: Number of the row choice in use at the last probe.
+        best_level, best_compute, best_step: The lowest level and where it was.
     """
 
     compute: list[float] = field(default_factory=list)
@@ -80,6 +97,11 @@ class _Columns:
     in_warmup: bool = False
     break_at: int = 0
     surprises: int = 0
+    first_loss: float = 0.0
+    data_phase: int = 0
+    best_level: float | None = None
+    best_compute: float = 0.0
+    best_step: int = 0
 
 
 class ProbeHistory:
@@ -125,7 +147,7 @@ class ProbeHistory:
         return len(self) - self._columns.break_at
 
     @property
-    def facts(self) -> dict[str, float]:
+    def facts(self) -> dict[str, float | None]:
         """Numbers for the record of a probe."""
         columns = self._columns
         return {
@@ -133,10 +155,18 @@ class ProbeHistory:
             "rate_clock": columns.rate_clock[-1],
             "probes": len(self),
             "probes_since_break": self.since_break,
+            "best_level": columns.best_level,
+            "best_compute": columns.best_compute,
+            "best_step": columns.best_step,
         }
 
-    def take_in(self, telemetry: Telemetry) -> bool:
-        """Append a probe and look for a break of the curve; False when it has no finite paired loss."""
+    def take_in(self, telemetry: Telemetry, *, changed: bool = False) -> bool:
+        """Append a probe and look for a break of the curve; False when it has no finite paired loss.
+
+        Args:
+            telemetry: The look.
+            changed: Whether data or memory was reallocated since the last probe; ``data_phase`` tells of data, too.
+        """
         probe, columns = telemetry.probe, self._columns
         if probe is None or not _is_finite(probe, first=not columns.level):
             return False
@@ -145,8 +175,11 @@ class ProbeHistory:
             probing = telemetry.probe_spent - columns.probe_spent
             trained = max(0.0, telemetry.compute - columns.compute[-1] - probing)
             columns.se.append(_finite_or_zero(probe.paired_se))
-            if columns.in_warmup or self._jumped(telemetry, trained):
+            changed = changed or telemetry.data_phase != columns.data_phase
+            if changed or columns.in_warmup or self._jumped(telemetry, trained):
                 self._break(len(self), BREAK_DISCOUNT)
+        else:
+            columns.first_loss = probe.mean
         self._append(telemetry, trained, probe.paired_delta if columns.level else 0.0)
         self._mark_surprise(telemetry)
         return True
@@ -155,7 +188,18 @@ class ProbeHistory:
         """Fit all probes; there must be two or more."""
         x, per_compute = self._axis(telemetry)
         slope = _recent_slope(x, self._columns.level, self._window)
-        return Outlook(self._fit(x), float(x[-1]), per_compute, -slope * per_compute)
+        columns = self._columns
+        return Outlook(
+            self._fit(x), float(x[-1]), per_compute, -slope * per_compute, columns.first_loss, columns.compute[0]
+        )
+
+    def rate_since_break(self, telemetry: Telemetry) -> float | None:
+        """Theil-Sen drop of the loss per unit of compute, of probes since the last break; None before the second."""
+        since = min(self.since_break, self._window)
+        x, per_compute = self._axis(telemetry)
+        if since < 2 or x[-1] <= x[-since]:
+            return None
+        return -robust_slope(x, self._columns.level, since) * per_compute
 
     def state_dict(self) -> dict[str, Any]:
         """The probes and the breaks found in them."""
@@ -181,6 +225,10 @@ class ProbeHistory:
         columns.probe_spent = telemetry.probe_spent
         columns.learning_rate = telemetry.learning_rate
         columns.in_warmup = telemetry.in_warmup
+        columns.data_phase = telemetry.data_phase
+        if columns.best_level is None or columns.level[-1] < columns.best_level:
+            columns.best_level = columns.level[-1]
+            columns.best_compute, columns.best_step = telemetry.compute, telemetry.step
 
     def _jumped(self, telemetry: Telemetry, trained: float) -> bool:
         """Whether the learning rate moved faster than a smooth schedule moves it."""

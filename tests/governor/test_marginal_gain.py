@@ -11,14 +11,17 @@ import pytest
 import torch
 
 from hf_eff.contracts.cost import BlockFacts, Facts, ModelFacts, PoolFacts, RunFacts
-from hf_eff.contracts.governor import ProbeReading, Telemetry
+from hf_eff.contracts.governor import Decision, Offer, ProbeReading, Telemetry
 from hf_eff.contracts.memory import BatchShape
+from hf_eff.engines import gain_rule
 from hf_eff.engines.gain_probe import GainProbe
 from hf_eff.engines.probe_history import ProbeHistory
 from hf_eff.errors import OptionError
 from hf_eff.governor.marginal_gain import MarginalGain, MarginalGainConfig, cost
 from hf_eff.numerics.curves import fit_curves
 from hf_eff.numerics.flops import forward_flops, training_flops
+from hf_eff.registry import build, get_method
+from hf_eff.testing import tapes as shipped
 
 STEPS = 300
 
@@ -446,12 +449,301 @@ def test_a_restored_state_is_not_shared():
     assert json.dumps(saved) == kept != json.dumps(other.state_dict())
 
 
+FROZEN = json.loads(Path(__file__).with_name("frozen_marginal_gain.json").read_text(encoding="utf-8"))
+
+
+def drop(share):
+    return 1.0 if share < 0.6 else 0.1
+
+
+RATES = {"warm": warm, "drop": drop, "decay": lambda share: 1.0 - share, None: None}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_decides_as_it_did_when_it_could_only_stop(name):
+    """Looks and decisions recorded before thresholds and reallocations were added."""
+    frozen = FROZEN[name]
+    given = {**frozen["play"], "rate": RATES[frozen["play"].get("rate")]}
+    looks, decisions = play(governor(**frozen["options"]), SHAPES[given.pop("loss", "exponential")], **given)
+    probed = [(look, each) for look, each in zip(looks, decisions, strict=True) if look.probe is not None]
+    assert [[look.step, each.reason] for look, each in probed] == [row[:2] for row in frozen["looks"]]
+    assert [look.step for look, each in probed if each.action == "stop"] == frozen["stops"]
+    chances = [each.details.get("probability") for _, each in probed]
+    assert [chance is None for chance in chances] == [row[2] is None for row in frozen["looks"]]
+    known = [(now, row[2]) for now, row in zip(chances, frozen["looks"], strict=True) if now is not None]
+    assert [now for now, _ in known] == pytest.approx([then for _, then in known], rel=1e-4, abs=1e-9)
+
+
+# the other thresholds
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("tail", {"epsilon": 0.1}), ("reservation", {"epsilon": 0.1}), ("target", {"target": 1.2})]
+)
+def test_a_threshold_is_the_policy_of_that_name(name, options):
+    looks, decisions = play(governor(threshold=name, **options), noise=0.01)
+    alone = build(get_method("governor", name), options)
+    assert [alone.observe(look) for look in looks] == decisions
+    assert first_stop(decisions) is not None
+
+
+# what is guaranteed
+
+
+def gaining(compute):
+    return 6.0 - 0.04 * compute
+
+
+def false_stops(**options):
+    """Runs that are ended although each step gains a third more than its price."""
+    ended = 0
+    for seed in range(20):
+        policy = governor(threshold="price", price=0.03, horizon=0.3, delta=0.2, confirm=0.0, slope_window=2, **options)
+        ended += shipped.play(policy, shipped.Tape(gaining, steps=60, limit=60.0, noise=0.15, seed=seed)).stopped
+    return ended / 20
+
+
+def test_strict_keeps_false_stops_below_delta():
+    assert false_stops(strict=True) <= 0.2 < false_stops()
+
+
+@pytest.mark.parametrize("price", [0.05, 0.2, 0.6])
+@pytest.mark.parametrize("shape", ["exponential", "power"])
+def test_regret_is_bounded_where_gain_only_falls(shape, price):
+    """J-regret <= e |C_stop - C*| + price (confirmation span + probe gap), e the largest error of a rate at a check."""
+    loss = SHAPES[shape]
+    policy = governor(threshold="price", price=price, delta=0.5, horizon=0.01)
+    looks, decisions = play(policy, loss, noise=1e-5, probe_cost=1e-6, steps=1000)
+    stop = first_stop(decisions)
+    end = 1.0 if stop is None else looks[stop - 1].compute
+    shares = np.linspace(0.001, 1.0, 20_000)
+    total = np.array([loss(share) + price * share for share in shares])
+    best = shares[total.argmin()]
+    checks = [(look, each.details) for look, each in zip(looks, decisions, strict=True) if "gain" in each.details]
+    rates = [(look.compute, told["gain"] / told["stretch"], told["recent_rate"]) for look, told in checks]
+    errors = [
+        abs(rate - (loss(at - 1e-5) - loss(at + 1e-5)) / 2e-5)
+        for at, *told in rates
+        if min(best, end) - 0.05 <= at <= max(best, end)
+        for rate in told
+    ]
+    regret = loss(end) + price * end - total.min()
+    assert regret + 1e-9 >= 0
+    assert regret <= max(errors) * abs(end - best) + price * (0.02 + 1 / 120 + 2e-3)
+    assert regret < 0.05 * (total[0] - total.min())
+
+
+# reallocations and the end of a run
+
+
+class Recorder:
+    """Stands in for the rule that weighs reallocations, and takes what a test tells it to."""
+
+    def __init__(self, config):
+        self.calls, self.noted, self.takes, self.blocks = [], [], {}, False
+        Recorder.last = self
+
+    def note_probe(self, telemetry, recent_rate):
+        self.noted.append((telemetry.step, recent_rate))
+
+    def consider(self, telemetry, continue_rate, threshold_rate, horizon):
+        self.calls.append((telemetry.step, continue_rate, threshold_rate, horizon))
+        return self.takes.get(telemetry.step)
+
+    def blocks_stop(self, telemetry, threshold_rate):
+        return self.blocks
+
+    def facts(self, telemetry):
+        return {"indices": {"refresh": 0.5}}
+
+    def state_dict(self):
+        return {"calls": len(self.calls)}
+
+    def load_state_dict(self, state):
+        self.loaded = state
+
+
+REFRESH = Offer("refresh", fixed_cost=0.01)
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    monkeypatch.setattr(gain_rule, "ReallocationRule", Recorder)
+    return Recorder
+
+
+def offered(looks, **facts):
+    return [dataclasses.replace(look, offers=(REFRESH,), **facts) for look in probe_looks(looks)]
+
+
+def test_reallocations_are_weighed_at_every_settled_probe(recorder):
+    looks = offered(play(governor(), rate=warm, noise=0.01)[0])
+    policy = governor(actions="refresh+widen", explore_floor=1.0)
+    decisions = [policy.observe(look) for look in looks]
+    rule = recorder.last
+    assert [step for step, _ in rule.noted] == [look.step for look in looks]
+    settled = [look.step for look in looks if look.step > 0.2 * STEPS][4:]
+    assert [step for step, *_ in rule.calls] == settled  # explore_floor forbids stops only
+    assert {horizon for look, (*_, horizon) in zip(looks[-len(settled) :], rule.calls, strict=True)} <= {
+        min(0.05 * each.details["end"], each.details["end"] - look.compute)
+        for look, each in zip(looks, decisions, strict=True)
+    }
+    assert {each.action for each in decisions} == {"continue"}
+    told = [each.details["indices"] for each in decisions if "indices" in each.details]
+    assert told == [{"refresh": 0.5}] * len(told)
+    assert len(told) > len(settled)
+    assert policy.state_dict()["reallocation"] == {"calls": len(settled)}
+    policy.load_state_dict(policy.state_dict())
+    assert rule.loaded == {"calls": len(settled)}
+
+
+def test_the_rates_it_is_told_are_those_of_the_curve(recorder):
+    looks = offered(play(governor(), lambda share: 3.0 - 2.0 * share, noise=1e-4)[0])
+    policy = governor(threshold="price", price=0.7, actions="refresh")
+    for look in looks:
+        policy.observe(look)
+    rule = recorder.last
+    assert [rate for _, rate, *_ in rule.calls] == pytest.approx([2.0] * len(rule.calls), rel=0.05)
+    assert [threshold for _, _, threshold, _ in rule.calls] == pytest.approx([0.7] * len(rule.calls))
+    assert math.isnan(rule.noted[0][1])
+    assert [rate for _, rate in rule.noted[8:]] == pytest.approx([2.0] * (len(looks) - 8), rel=0.2)
+
+
+def test_without_actions_or_offers_it_may_only_stop(recorder):
+    looks = probe_looks(play(governor())[0])
+    policy = governor(actions="refresh")
+    decisions = [policy.observe(look) for look in looks]
+    assert not recorder.last.calls
+    assert any(each.action == "stop" for each in decisions)
+    plain = governor()
+    assert [plain.observe(dataclasses.replace(look, offers=(REFRESH,))) for look in looks] == decisions
+
+
+@pytest.mark.parametrize("phase_changes", [True, False], ids=["rows", "memory"])
+def test_a_reallocation_breaks_the_curve(recorder, phase_changes):
+    looks = offered(play(governor())[0])
+    turn = 40
+    if phase_changes:
+        looks = looks[: turn + 1] + [dataclasses.replace(look, data_phase=1) for look in looks[turn + 1 :]]
+    policy = governor(threshold="price", price=50.0, confirm=0.0, actions="refresh")
+    taken = Decision("refresh" if phase_changes else "switch_memory", "it pays", {"index": 2.0}, "x")
+    recorder.last.takes[looks[turn].step] = taken
+    decisions = [policy.observe(look) for look in looks]
+    assert (decisions[turn].action, decisions[turn].target) == (taken.action, "x")
+    assert decisions[turn].details["index"] == 2.0
+    assert "level" in decisions[turn].details
+    assert [each.details["probes_since_break"] for each in decisions[turn : turn + 7]] == [turn + 1, *range(1, 7)]
+    assert all("curve began or broke" in each.reason for each in decisions[turn + 1 : turn + 5])
+    assert "too_little" in decisions[turn + 5].details
+    assert [step for step, *_ in recorder.last.calls if looks[turn].step < step <= looks[turn + 4].step] == []
+    weights = policy.state_dict()["history"]["weight"]
+    assert weights == [0.3] * (turn + 1) + [1.0] * (len(looks) - turn - 1)
+
+
+@pytest.mark.parametrize("action", ["refresh", "switch_memory"])
+def test_what_the_run_does_not_carry_out_breaks_nothing(recorder, action):
+    still = Offer(action, "x")
+    looks = [dataclasses.replace(look, offers=(still,)) for look in probe_looks(play(governor())[0])]
+    policy = governor(threshold="price", price=50.0, confirm=0.0, actions="refresh+memory")
+    recorder.last.takes[looks[20].step] = Decision(action, "it pays", {}, "x")
+    told = [policy.observe(look).details["probes_since_break"] for look in looks[:26]]
+    assert told == [*range(1, 27)]
+
+
+def test_new_rows_break_the_curve_whoever_chose_them():
+    looks = probe_looks(play(governor())[0])
+    looks = looks[:30] + [dataclasses.replace(look, data_phase=1) for look in looks[30:]]
+    policy = governor()
+    told = [policy.observe(look).details["probes_since_break"] for look in looks]
+    assert told == [*range(1, 31), *range(1, len(looks) - 29)]
+
+
+def test_what_may_still_pay_blocks_the_stop(recorder):
+    looks = offered(play(governor())[0])
+    policy = governor(actions="refresh")
+    recorder.last.blocks = True
+    decisions = [policy.observe(look) for look in looks]
+    assert {each.action for each in decisions} == {"continue"}
+    assert any("a reallocation may still pay" in each.reason for each in decisions)
+    recorder.last.blocks = False
+    assert policy.observe(dataclasses.replace(looks[-1], compute=looks[-1].compute + 1e-3)).action == "stop"
+
+
+def test_it_works_with_the_rule_itself():
+    looks = offered(play(governor(), noise=0.004)[0])
+    policy = governor(actions="refresh+next_band+widen+memory")
+    decisions = [policy.observe(look) for look in looks]
+    again = governor(actions="refresh+next_band+widen+memory")
+    half = len(looks) // 2
+    for look in looks[:half]:
+        again.observe(look)
+    third = governor(actions="refresh+next_band+widen+memory")
+    third.load_state_dict(json.loads(json.dumps(again.state_dict())))
+    assert [third.observe(look) for look in looks[half:]] == decisions[half:]
+    assert {"indices", "purse", "feasible"} <= set(decisions[6].details)
+    assert any(each.action == "refresh" for each in decisions)
+
+
+def test_too_little_gain_begins_the_cooldown_and_a_rising_loss_does_not():
+    _, plain = play(governor())
+    looks, decisions = play(governor(cooldown=0.25))
+    verdict = next(each for each in decisions if each.action != "continue")
+    assert verdict.action == "cooldown"
+    assert "probability" in verdict.reason
+    # A fifth of the budget is kept for it, so that the main part ends at four fifths.
+    assert verdict.details["end"] == pytest.approx(0.8)
+    assert {each.action for look, each in zip(looks, decisions, strict=True) if look.compute >= 0.8} == {"continue"}
+    assert first_stop(plain) is not None
+    _, risen = play(governor(cooldown=0.25), lambda share: 2.0 - 0.5 * share + 1.5 * max(0.0, share - 0.4))
+    stop = next(each for each in risen if each.action != "continue")
+    assert stop.action == "stop"
+    assert "rises" in stop.reason
+
+
+def test_it_never_ends_a_cooldown():
+    looks, _ = play(governor(), SHAPES["overfit"])
+    policy = governor(cooldown=0.1)
+    decisions = [policy.observe(dataclasses.replace(look, phase="cooldown")) for look in probe_looks(looks)]
+    assert {each.action for each in decisions} == {"continue"}
+    assert "being lowered" in decisions[-1].reason
+
+
+def test_every_record_names_the_best_probe():
+    looks, decisions = play(governor(), SHAPES["overfit"], noise=0.02)
+    level, best = 0.0, (math.inf, None, None)
+    for look, each in zip(looks, decisions, strict=True):
+        if look.probe is None:
+            continue
+        level -= look.probe.paired_delta or 0.0
+        best = min(best, (level, look.step, look.compute))
+        assert each.details["best_level"] == pytest.approx(best[0])
+        assert (each.details["best_step"], each.details["best_compute"]) == best[1:]
+    assert best[1] < looks[-1].step
+
+
 # options and cost
 
 
 @pytest.mark.parametrize("options", [{"threshold": "price"}, {"price": 0.1}])
 def test_a_price_is_given_exactly_when_it_is_used(options):
     with pytest.raises(OptionError, match="price must be given with threshold='price' and only then"):
+        MarginalGainConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold": "target"}, "target must be given with threshold='target' and only then"),
+        ({"target": 1.0}, "target must be given with threshold='target' and only then"),
+        ({"threshold": "reservation", "epsilon": 0.0}, "epsilon must be above 0"),
+        ({"actions": "refresh+memry"}, "Did you mean 'memory'"),
+        ({"actions": "refresh,memory"}, "joined by '\\+'"),
+        ({"cooldown": 1.5}, "cooldown"),
+        ({"window_steps": -1}, "window_steps"),
+    ],
+)
+def test_contradicting_options_are_refused(options, message):
+    with pytest.raises(OptionError, match=message):
         MarginalGainConfig(**options)
 
 

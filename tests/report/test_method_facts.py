@@ -52,7 +52,8 @@ def test_filters_are_joined_and_say_nothing_else(capsys):
     without = listed(capsys, "memory", "--without", "backward")
     assert {"mezo"} <= without
     assert not without & {"badam", "lora", "full"}
-    assert listed(capsys, "--needs", "target", "--slot", "policy") == {"marginal_gain"}
+    probing = {"marginal_gain", "patience", "reservation", "tail", "target"}
+    assert listed(capsys, "--needs", "target", "--slot", "policy") == probing
     saving = listed(capsys, "--saves", "optimizer", "--saves", "gradients", "--backend", "fsdp2")
     assert "badam" in saving
     assert "galore" not in saving
