@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hf_eff.cli.plan import sampled_facts
 from hf_eff.cli.sources import load_config, load_tokenizer
 from hf_eff.errors import DataError
+from hf_eff.numerics.refresh_law import break_even_compute
 from hf_eff.units import format_amount
 
 if TYPE_CHECKING:
@@ -82,14 +83,15 @@ def _training_flops(options: argparse.Namespace, facts: Facts, scored: Plan) -> 
 
 
 def _verdict(payback: PayBack) -> dict[str, Any]:
-    """JSON-able: infinite uses are None."""
-    uses = payback.break_even_uses
+    """JSON-able: infinite amounts are None. ``break_even_flops`` are those of selecting and training together."""
+    uses, budget = payback.break_even_uses, break_even_compute(payback.selection_flops, payback.speedup)
     return {
         "selection_flops": payback.selection_flops,
         "training_flops": payback.training_flops,
         "expected_speedup": payback.speedup,
         "needed_speedup": payback.needed_speedup,
         "break_even_uses": uses if uses < float("inf") else None,
+        "break_even_flops": budget if budget < float("inf") else None,
         "pays": payback.pays(),
         "verdict": str(payback),
     }
@@ -138,7 +140,11 @@ def pay_back_lines(facts: Mapping[str, Any]) -> list[str]:
         "rows": f"{facts['selected_rows']:,} of {facts['rows']:,}",
         "selecting": format_amount("flops", facts["selection_flops"]),
         "training": format_amount("flops", facts["training_flops"]),
-        "break-even": "never" if uses is None else f"{uses:.3g} uses",
+        "break-even": "never" if uses is None else f"{uses:.3g} uses{_from_budget(facts['break_even_flops'])}",
         "verdict": facts["verdict"],
     }
     return [f"{name:<12}{value}" for name, value in rows.items()] + [f"note: {note}" for note in facts["notes"]]
+
+
+def _from_budget(flops: float) -> str:
+    return f", or one of {format_amount('flops', flops)} and more for selecting and training" if flops else ""
