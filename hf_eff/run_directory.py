@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_eff.files import require_writable, write_json, write_text
 from hf_eff.report import render_report, render_run_card
+from hf_eff.report.governor_figure import figure_of
 
 if TYPE_CHECKING:
     from hf_eff.plan import Plan
@@ -56,12 +57,12 @@ class RunDirectory:
     def write_report(self, report: Mapping[str, Any]) -> None:
         """Write ``report.json``, ``report.md`` and the run card."""
         self.update_report(report)
-        write_text(self.path / CARD, render_run_card(report))
+        write_text(self.path / CARD, render_run_card(report, figure_of(self.path)))
 
     def update_report(self, report: Mapping[str, Any]) -> None:
         """Write ``report.json`` and ``report.md`` anew; a card that others have added to stays."""
         write_json(self.path / REPORT_JSON, report)
-        write_text(self.path / REPORT_TEXT, render_report(report))
+        write_text(self.path / REPORT_TEXT, render_report(report, figure_of(self.path)))
 
 
 def environment(base_model: str | None = None, datasets: Sequence[str] = ()) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from hf_eff.errors import DataError
 
 
 def run(argv: Sequence[str]) -> int:
-    """Print ``report.md`` of a run's folder, or ``report.json``.
+    """Print ``report.md`` of a run's folder and where its figures lie, or ``report.json``.
 
     Raises:
         DataError: The folder holds no report.
@@ -28,4 +28,17 @@ def run(argv: Sequence[str]) -> int:
             f"{str(path)!r} cannot be read ({error.strerror}); give the output_dir of a run that has ended."
         ) from None
     print(text.rstrip("\n"))
+    if not options.json:
+        _print_figures(options.run_dir)
     return 0
+
+
+def _print_figures(folder: Path) -> None:
+    """Name the figures of the run; the governor's is drawn now if its log has none yet."""
+    from hf_eff.publish.bundle import figures
+    from hf_eff.report.governor_figure import FIGURE, figure_of
+
+    if not (folder / FIGURE).is_file():
+        figure_of(folder)
+    for name in figures(folder):
+        print(f"Figure: {folder / name}")

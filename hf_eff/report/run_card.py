@@ -7,12 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import yaml
 
 from hf_eff.report.markdown import table
-from hf_eff.report.run_report import binding_sentence, costs_table, memory_table, purposes_table
+from hf_eff.report.run_report import binding_sentence, costs_table, memory_table, pictures, purposes_table
 from hf_eff.report.secrets import mask_secrets
 
 TAG = "hf_eff"
@@ -42,7 +41,7 @@ def render_run_card(report: Mapping[str, Any], figures: Sequence[str] = ()) -> s
         purposes_table(report),
         *_plan(report),
         *_evaluation(report),
-        *(f"![{_stem(name)}]({quote(name)})" for name in figures),
+        *pictures(figures),
         "## Repeat it",
         _repeat(environment),
     ]
@@ -126,10 +125,6 @@ def _origin(origin: Mapping[str, Any]) -> str:
     name = origin["repo_id"]
     place = f"[{name}](https://huggingface.co/datasets/{name})"
     return f"{place}, split `{origin['split']}`, revision `{origin['revision']}`, {origin['num_rows']:,} rows"
-
-
-def _stem(name: str) -> str:
-    return Path(name).stem.replace("_", " ").replace("[", "").replace("]", "")
 
 
 def _repeat(environment: Mapping[str, Any]) -> str:

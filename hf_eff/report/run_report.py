@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from hf_eff.report.markdown import table
 from hf_eff.report.secrets import mask_secrets
@@ -21,8 +23,13 @@ _LABELS = {
 }
 
 
-def render_report(report: Mapping[str, Any]) -> str:
-    """The whole report as Markdown, ending in a newline."""
+def render_report(report: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
+    """The whole report as Markdown, ending in a newline.
+
+    Args:
+        report: What ``build_report`` returned.
+        figures: Pictures beside the report.
+    """
     parts = [
         "# Report",
         binding_sentence(report),
@@ -35,6 +42,7 @@ def render_report(report: Mapping[str, Any]) -> str:
         purposes_table(report),
         *_facts("## Selection", report.get("selection")),
         *_facts("## Governor", report.get("governor")),
+        *pictures(figures),
         *_warnings(report),
         *_facts("## Environment", report.get("environment")),
     ]
@@ -73,6 +81,15 @@ def memory_table(report: Mapping[str, Any]) -> str:
     """Predicted and measured bytes per memory term."""
     rows = [(term, *_pair("bytes", row)) for term, row in report["memory"].items()]
     return table(["Term", "Predicted", "Measured", "Measured / predicted"], rows)
+
+
+def pictures(figures: Sequence[str]) -> list[str]:
+    """Files beside a page as Markdown pictures."""
+    return [f"![{_stem(name)}]({quote(name)})" for name in figures]
+
+
+def _stem(name: str) -> str:
+    return Path(name).stem.replace("_", " ").replace("[", "").replace("]", "")
 
 
 def _rescues(report: Mapping[str, Any]) -> list[str]:

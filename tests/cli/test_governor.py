@@ -49,9 +49,7 @@ def write(folder, curve=rising, header=None, options=None, edit=None):
 
 
 @pytest.fixture
-def called(monkeypatch, capsys):
-    monkeypatch.setitem(cli.COMMANDS, "governor", "Replay decisions.")
-
+def called(capsys):
     def call(*words):
         capsys.readouterr()
         code = cli.main(["governor", *map(str, words)])
