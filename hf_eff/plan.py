@@ -16,6 +16,7 @@ from hf_eff.numerics.optim_rules import optim_problem, optim_warning
 from hf_eff.numerics.payback import PayBack
 from hf_eff.options import Chosen, EffOptions, ResolvedOptions, choose, resolve_options
 from hf_eff.plan_memory import Rung, memory_cost, planned_ladder
+from hf_eff.plan_reallocation import planned_window, reallocation_notes, refuse_reallocation
 from hf_eff.plan_table import payback_facts, plan_lines
 from hf_eff.units import format_amount, format_bytes
 
@@ -169,6 +170,11 @@ class Plan:
         if "tokens" in limits and self.step_tokens > 0:
             ends.append(max(0, int((limits["tokens"] - self.selection_tokens) / self.step_tokens)))
         return min(ends, default=None)
+
+    @property
+    def window_steps(self) -> int | None:
+        """Optimizer steps between two moments at which the rows may change; None where they never do."""
+        return planned_window(self.resolved, self.stop_step)
 
     @property
     def selection_share(self) -> float:
@@ -344,6 +350,7 @@ def _refuse(resolved: ResolvedOptions, facts: Facts) -> None:
         )
     _refuse_optim(resolved, facts)
     _refuse_log_alone(resolved, facts)
+    refuse_reallocation(resolved, facts)
 
 
 def _refuse_objective(resolved: ResolvedOptions, facts: Facts) -> None:
@@ -460,6 +467,7 @@ def _warnings(plan: Plan) -> list[str]:
             found.append(f"{chosen.spec.address} trains with dropout off.")
         if not chosen.spec.traits.max_grad_norm and facts.run.max_grad_norm > 0:
             found.append(f"{chosen.spec.address} does not apply max_grad_norm={facts.run.max_grad_norm:g}.")
+    found += reallocation_notes(resolved, plan.training_facts, plan.stop_step)
     undone = optim_warning(facts.run)
     found += [undone] if undone is not None else []
     if not facts.model.exact_flops:

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_eff.contracts.cost import Cost, Facts
 from hf_eff.contracts.memory import OptimizerContext, StepContext
 from hf_eff.engines.facts import batch_shape
 from hf_eff.engines.length_split import split_length
 from hf_eff.engines.out_of_memory import can_hold, forget, is_out_of_memory
 from hf_eff.engines.row_split import split_rows, train_in_parts
+from hf_eff.engines.whole_layers import keep_layers_whole
 from hf_eff.errors import MemoryExhaustedError
-from hf_eff.options import Chosen, choose
-from hf_eff.plan_memory import SHORTEST_SEGMENT, tokens_that_fit
+from hf_eff.options import Chosen, ResolvedOptions, choose
+from hf_eff.plan_memory import SHORTEST_SEGMENT, memory_cost, tokens_that_fit
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,6 +71,8 @@ class Rescue:
         self._optimizer_context: Callable[[], OptimizerContext] | None = None
         self._snapshot: Callable[[], Callable[[], None]] = lambda: lambda: None
         self._restore_metrics: Callable[[], None] = lambda: None
+        self._layers_whole = False
+        self._checkpoint_again: Callable[[], None] = lambda: None
         self.token_limit: int | None = None
         self.length_limit: int | None = None
         self.events: list[dict[str, Any]] = []
@@ -90,6 +94,23 @@ class Rescue:
         return "checkpointing" in self._names
 
     @property
+    def recomputes(self) -> bool:
+        """Whether layers are recomputed now, for whatever reason."""
+        return not self._layers_whole and (self._plan.training_facts.run.checkpointing or self.checkpoints)
+
+    @property
+    def splits(self) -> bool:
+        """Whether the longest micro-batches go in parts."""
+        run = self._plan.facts.run
+        tokens = run.batch_size * (run.length or self._plan.facts.pool.max_tokens)
+        return self.token_limit is not None and self.token_limit < tokens
+
+    @property
+    def can_recompute(self) -> bool:
+        """Whether layers that are not recomputed now could be."""
+        return self._layers_whole or ("checkpointing" in self._rungs and not self.checkpoints)
+
+    @property
     def _names(self) -> list[str]:
         return [chosen.spec.name for chosen in self._taken]
 
@@ -100,15 +121,64 @@ class Rescue:
             limit_bytes: What model, training state and activations may take together.
         """
         self._limit_bytes = limit_bytes
-        self.token_limit = self._expected_limit()
+        self.token_limit = self.expected_limit()
 
-    def _expected_limit(self) -> int | None:
+    def expected_limit(self) -> int | None:
         """Tokens of a part that are predicted to fit, at least one; None without a limit."""
         if self._limit_bytes is None or "row_chunks" not in self._rungs:
             return None
-        resolved = self._plan.resolved
-        resolved = dataclasses.replace(resolved, memory=(*resolved.memory, *self._taken))
-        return tokens_that_fit(resolved, self._plan.facts, self._limit_bytes) or 1
+        return tokens_that_fit(*self._now(checkpointing=self.recomputes), self._limit_bytes) or 1
+
+    def forecast(self, *, checkpointing: bool) -> Cost:
+        """What a whole micro-batch is predicted to cost with the methods in use, layers recomputed or not."""
+        return memory_cost(*self._now(checkpointing=checkpointing))[1]
+
+    def _now(self, *, checkpointing: bool) -> tuple[ResolvedOptions, Facts]:
+        """Methods in use and the facts of the run, with layers recomputed or kept whole."""
+        resolved, facts = self._plan.resolved, self._plan.facts
+        memory = [*resolved.memory, *self._taken]
+        if not checkpointing:
+            memory = [each for each in memory if each.spec.name != "checkpointing"] or [*choose("memory", "full", {})]
+            facts = facts.replace(run=dataclasses.replace(facts.run, checkpointing=False))
+        elif not self._plan.training_facts.run.checkpointing and not self.checkpoints:
+            memory += choose("memory", "checkpointing", {})
+        return dataclasses.replace(resolved, memory=tuple(memory)), facts
+
+    # Switched by a governor
+
+    def train_begin(self, model: nn.Module) -> None:
+        """The memory methods have begun; put a switch of the run that is resumed back."""
+        if self._layers_whole:
+            self._checkpoint_again = keep_layers_whole(model)
+
+    def train_end(self) -> None:
+        """Before the memory methods end: leave the model's switches to them."""
+        if self._layers_whole:
+            self._checkpoint_again()
+
+    def switch_checkpointing(self, model: nn.Module, step: int, *, on: bool) -> None:
+        """Recompute layers from the next step on, or keep their activations; gradients stay the same.
+
+        Args:
+            model: The unwrapped model.
+            step: Optimizer steps done.
+            on: Whether to recompute.
+        """
+        if on == self.recomputes:
+            return
+        if not on:
+            self._layers_whole, self._checkpoint_again = True, keep_layers_whole(model)
+        elif self._layers_whole:
+            self._checkpoint_again()
+            self._layers_whole = False
+        else:
+            self._take("checkpointing")
+            self._begin(model, step)
+        self.token_limit = self.expected_limit()
+
+    def relax_rows(self) -> None:
+        """Let the parts of a micro-batch be as large as predicted to fit, whatever did not fit before."""
+        self.token_limit = self.expected_limit()
 
     # One micro-batch
 
@@ -195,7 +265,7 @@ class Rescue:
         """
         part = self._part(context)
         batch = f"{part[0]} x {part[1]} tokens"
-        for climb in (self._fewer_rows, self._next_method, self._shorter):
+        for climb in (self._switch_back, self._fewer_rows, self._next_method, self._shorter):
             rung = climb(context)
             if rung is not None:
                 self._note(context.global_step, rung, batch, reason)
@@ -205,6 +275,13 @@ class Rescue:
             f"{[event['rung'] for event in self.events] or 'nothing'}; lower max_length or "
             "per_device_train_batch_size, or use a memory method that holds less ('hf-eff profile' compares them)."
         )
+
+    def _switch_back(self, context: StepContext) -> str | None:
+        """Recompute layers again that a governor made whole."""
+        if not self._layers_whole:
+            return None
+        self.switch_checkpointing(context.unwrapped, context.global_step, on=True)
+        return "checkpointing"
 
     def _fewer_rows(self, context: StepContext) -> str | None:
         """Halve the rows of a part, down to one."""
@@ -237,7 +314,7 @@ class Rescue:
         (chosen,) = choose("memory", name, {})
         method = self._stack.add(chosen)
         self._taken.append(chosen)
-        self.token_limit = self._expected_limit()  # parts may be larger again
+        self.token_limit = self.expected_limit()  # parts may be larger again
         if name == "badam" and self._optimizer_context is not None:
             method.create_optimizer(self._optimizer_context())
 
@@ -247,18 +324,18 @@ class Rescue:
         self._stack.added[-1].step_begin(step)
 
     def _note(self, step: int, name: str, batch: str, reason: str) -> None:
-        rung = self._rungs[name]
+        exact = name not in self._rungs or self._rungs[name].exact
         now = {"row_chunks": f"rows go in parts of at most {self.token_limit} tokens"}.get(name, f"{name} from here on")
         if name == "length_split":
             now = f"rows are cut into segments of at most {self.length_limit} tokens"
-        self.events.append({"step": step, "rung": name, "exact": rung.exact, "batch": batch, "reason": reason})
+        self.events.append({"step": step, "rung": name, "exact": exact, "batch": batch, "reason": reason})
         logger.warning(
             "Out of memory at step %d (%s: %s): %s. %s",
             step,
             batch,
             reason,
             now,
-            "The result stays the same." if rung.exact else "This changes the result.",
+            "The result stays the same." if exact else "This changes the result.",
         )
 
     # The update
@@ -291,6 +368,7 @@ class Rescue:
             "token_limit": self.token_limit,
             "length_limit": self.length_limit,
             "taken": self._names,
+            "layers_whole": self._layers_whole,
             "events": [dict(event) for event in self.events],
         }
 
@@ -298,5 +376,6 @@ class Rescue:
         """Take the rungs that were taken before the save; the methods' own state comes after."""
         for name in state["taken"]:
             self._take(name)
+        self._layers_whole = bool(state.get("layers_whole", False))
         self.token_limit, self.length_limit = state["token_limit"], state["length_limit"]
         self.events = [dict(event) for event in state["events"]]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_eff.contracts.governor import Decision
+from hf_eff.engines.best_weights import BestWeights
+from hf_eff.engines.cooldown import Cooldown
 from hf_eff.engines.facts import batch_shape, token_counts
 from hf_eff.engines.log_checkpoint import REPLAY_LOG, replay_log, write_log
 from hf_eff.engines.objectives import objective_flops
@@ -24,6 +26,7 @@ from hf_eff.hardware.ledger import Ledger
 from hf_eff.hardware.memory_meter import MemoryMeter
 from hf_eff.hardware.probe import current_bytes, set_memory_cap
 from hf_eff.numerics.flops import recompute_flops
+from hf_eff.plan_reallocation import cooldown_share, keeps_best
 from hf_eff.rescue import Rescue
 from hf_eff.supervisor import Supervisor
 from hf_eff.units import format_amount
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from hf_eff.engines.replay_log import ReplayLog
     from hf_eff.memory import MemoryStack
     from hf_eff.plan import Plan
+    from hf_eff.reallocation import Reallocation
     from hf_eff.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -46,6 +50,8 @@ _MEASURED_STEPS = 2
 """Optimizer state exists from the end of the first step, so the second one shows the peak."""
 _TIME_LIKE = ("seconds", "usd", "kwh")
 _CONTINUE = Decision("continue", "no rule applies")
+_RISES = 0.95
+"""Probability of a rising loss from which on a stop puts the best weights back."""
 
 
 class BudgetedRun:
@@ -57,6 +63,12 @@ class BudgetedRun:
         model: Shapes of the model as it trains, adapters included.
         directory: Where plan, log and report go.
         objective: What is made smaller instead of the loss, or None.
+        trained_names: Names of the parameters that the run trains.
+
+    Attributes:
+        cooldown: The end at a falling learning rate that is kept in reserve, or None.
+        best: The weights of the best probe, or None where they are not kept.
+        weights_of_step: The step whose weights the model holds, where it is not the last one.
     """
 
     def __init__(
@@ -66,6 +78,7 @@ class BudgetedRun:
         model: ModelFacts,
         directory: RunDirectory,
         objective: Objective | None = None,
+        trained_names: Collection[str] = (),
     ) -> None:
         self.plan = plan
         self.objective = objective
@@ -77,6 +90,13 @@ class BudgetedRun:
         self.reserve = StepReserve()
         self.rescue = Rescue(plan, memory, model, self._charge_again)
         self.supervisor: Supervisor | None = None
+        self.reallocation: Reallocation | None = None
+        self.trained_names = frozenset(trained_names)
+        share = cooldown_share(plan.resolved)
+        self.cooldown = Cooldown(share, plan.steps or 0) if share > 0 else None
+        self.best = self._best_weights()
+        self.weights_of_step: int | None = None
+        self.saved_rows: Mapping[str, Any] | None = None
         self.selection_digest: str | None = None
         self.stop = _CONTINUE
         self.steps_done = 0
@@ -84,12 +104,17 @@ class BudgetedRun:
         self._methods_state: Mapping[str, Any] = {}
         self._clocks = ExitStack()
         self._bad_losses = 0
-        self._advised = False
+        self._advised: set[str] = set()
         self._loss: torch.Tensor | None = None
         self._seconds_before_step = 0.0
         self._meter: MemoryMeter | None = None
         self._steps_measured = 0
         self.memory_measured: dict[str, Any] = {}
+
+    def _best_weights(self) -> BestWeights | None:
+        # A log of updates leads to the last weights and to no others.
+        keeps = keeps_best(self.plan.resolved, self.plan.facts) and self.replay_log is None
+        return BestWeights(self.directory.path, self.trained_names, self.ranks) if keeps else None
 
     # The budget
 
@@ -97,14 +122,55 @@ class BudgetedRun:
         """Charge the next optimizer step if every limit allows it; otherwise note why the run ends."""
         shapes = [batch_shape(batch, self.model) for batch in batches]
         need = self.ranks.sum({**self._tokens(batches), "flops": self.step_flops(shapes, global_step)})
-        passed = self.ranks.broadcast(self._passed(need))
+        full = self._with_time(need)
+        passed = self.ranks.broadcast(self.ledger.need_fits(full))
         if passed is not None:
             limit = format_amount(passed, self.ledger.budget.limits[passed])
-            self.stop = Decision("stop", f"budget: the next step would pass {limit}", {"currency": passed})
-            logger.warning("Training ends at step %d: %s.", global_step, self.stop.reason)
+            return self._ends(global_step, f"budget: the next step would pass {limit}", {"currency": passed})
+        if self.cooldown is not None and not self._admitted(self.cooldown, full, global_step):
             return False
         self._seconds_before_step = self.ledger.spent()["seconds"]
         self.ledger.charge("train", steps=1, **need)
+        return True
+
+    def _ends(self, step: int, reason: str, details: Mapping[str, Any]) -> bool:
+        """Note why the run ends; always False."""
+        self.stop = Decision("stop", reason, details)
+        logger.warning("Training ends at step %d: %s.", step, reason)
+        return False
+
+    # The cooldown
+
+    @property
+    def cooling(self) -> bool:
+        """Whether the learning rate is being lowered for the end."""
+        return self.cooldown is not None and self.cooldown.active
+
+    def rate_factor(self) -> float:
+        """What the schedule's rate is multiplied by, in [0, 1]."""
+        return 1.0 if self.cooldown is None else self.cooldown.factor
+
+    def with_reserve(self, need: Mapping[str, float]) -> Mapping[str, float]:
+        """What has to be left for ``need`` and for a cooldown after it."""
+        return need if self.cooldown is None else self.cooldown.with_reserve(need, self.ledger.spent())
+
+    def _admitted(self, cooldown: Cooldown, full: Mapping[str, float], step: int) -> bool:
+        """Begin the cooldown where one more step would eat into it; end it when its compute is spent."""
+        assert self.supervisor is not None  # noqa: S101 - a governor asked for the cooldown
+        spent = self.ledger.spent()
+        after = {name: spent.get(name, 0.0) + full.get(name, 0.0) for name in {*spent, *full}}
+        passed = None if cooldown.active else self.ledger.need_fits(self.with_reserve(full))
+        by_steps = passed is None and cooldown.is_due(step)
+        now, then = self.supervisor.compute(spent), self.supervisor.compute(after)
+        passed, by_steps, now, then = self.ranks.broadcast((passed, by_steps, now, then))
+        if passed is not None or by_steps:
+            cooldown.begin(step, now, binding=passed, by_steps=by_steps)
+            why = "the planned steps end" if passed is None else f"no more {passed} to spare"
+            logger.warning("From step %d on the learning rate is lowered: %s.", step, why)
+        if cooldown.is_over(then):
+            details = {"currency": cooldown.binding} if cooldown.binding is not None else {}
+            return self._ends(step, "the learning rate has been lowered to its end", details)
+        cooldown.advance(step + 1, then)
         return True
 
     def _charge_again(self, contexts: Sequence[StepContext]) -> None:
@@ -134,19 +200,19 @@ class BudgetedRun:
         flops = self.memory.step_flops(self.model, shapes, global_step)
         differentiates = all(chosen.spec.traits.needs_backward for chosen in self.plan.resolved.memory)
         run = self.plan.training_facts.run
-        if (run.checkpointing or self.rescue.checkpoints) and differentiates:
+        if self.rescue.recomputes and differentiates:
             flops += sum(recompute_flops(self.model, shape) for shape in shapes) / run.checkpoint_every
         return flops
 
-    def _passed(self, need: Mapping[str, float]) -> str | None:
-        """The currency that one more step would pass. Time-like ones are reserved, not known."""
+    def _with_time(self, need: Mapping[str, float]) -> dict[str, float]:
+        """What one more step takes in every limited currency. Time-like ones are reserved, not known."""
         spent = self.ledger.spent()
         full = {"flops": need["flops"], "tokens": need["tokens"], "steps": 1.0, "bytes": spent.get("bytes", 0.0)}
         seconds = spent.get("seconds", 0.0)
         for currency in _TIME_LIKE:
             if seconds and currency in spent:
                 full[currency] = self.reserve.reserve() * spent[currency] / seconds
-        return self.ledger.need_fits(full)
+        return full
 
     @property
     def limits_progress(self) -> bool:
@@ -169,6 +235,9 @@ class BudgetedRun:
         """Selection is over and training is next: what is spent from here on is training."""
         if not self._spent_before_training:
             self._spent_before_training = self.ledger.spent()
+        if self.supervisor is not None:
+            self.supervisor.spent_before = self._spent_before_training
+            self.supervisor.with_reserve = self.with_reserve
         self._clocks.enter_context(self.ledger.clock("train"))
         cap = self.ledger.budget.limits.get("bytes")
         if cap is not None:
@@ -176,6 +245,17 @@ class BudgetedRun:
             self.rescue.expect(cap - idle)
             set_memory_cap(cap)
             self._clocks.callback(set_memory_cap, None)
+
+    def training_begins(self, model: Any) -> None:
+        """The memory methods have begun: switches of the run before, and how the pool ranks now."""
+        self.rescue.train_begin(model)
+        if self.supervisor is not None and self.supervisor.drift is not None and self.steps_done == 0:
+            self.supervisor.note_drift(model)
+
+    def window_begins(self, step: int, model: Any) -> None:
+        """The loop takes the next window of rows, or an epoch."""
+        if self.reallocation is not None:
+            self.reallocation.at_window(step, model)
 
     @contextmanager
     def measured(self, model: Any) -> Iterator[None]:
@@ -219,21 +299,44 @@ class BudgetedRun:
         if self.supervisor is None:
             return _CONTINUE
         decision = self.supervisor.after_step(step, model, loss=loss, learning_rate=learning_rate)
-        return self._effective(decision, step)
+        if self.best is not None and self.supervisor.level is not None:
+            with self.ledger.clock("save"):
+                self.best.offer(self.supervisor.level, step, model)
+        return self._effective(decision, step, model)
 
-    def _effective(self, decision: Decision, step: int) -> Decision:
+    def _effective(self, decision: Decision, step: int, model: Any) -> Decision:
+        """Carry a decision out, or say it, as the mode has it."""
         if decision.action == "continue":
             return decision
-        mode = self.plan.resolved.options.governor_mode
+        mode, name = self.plan.resolved.options.governor_mode, f"{decision.action} {decision.target}".strip()
         if mode == "act":
-            self.stop = decision
-            logger.warning("Governor ends training at step %d: %s.", step, decision.reason)
-            return decision
-        if mode == "advise" and not self._advised:
-            self._advised = True  # once: a verdict that holds is repeated at every step
-            text = f"at step {step} the governor advises to {decision.action}: {decision.reason}"
+            return self._carry_out(decision, step, model)
+        if mode == "advise" and name not in self._advised:
+            self._advised.add(name)  # once: a verdict that holds is repeated at every step
+            text = f"at step {step} the governor advises to {name}: {decision.reason}"
             warnings.warn(text, EffWarning, stacklevel=2)
         return _CONTINUE
+
+    def _carry_out(self, decision: Decision, step: int, model: Any) -> Decision:
+        """Do what the governor decided; what is left for the trainer is to go on or to stop."""
+        if decision.action == "cooldown" and self.cooldown is not None:
+            self._cool_down(self.cooldown, decision, step)
+            return _CONTINUE
+        if decision.action in ("stop", "cooldown"):
+            self.stop = dataclasses.replace(decision, action="stop")
+            logger.warning("Governor ends training at step %d: %s.", step, decision.reason)
+            if self.best is not None and decision.details.get("probability_rising", 0.0) > _RISES:
+                with self.ledger.clock("save"):
+                    self.weights_of_step = self.best.restore(model)
+            return self.stop
+        if self.reallocation is not None:
+            self.reallocation.take(decision, step, model)
+        return _CONTINUE
+
+    def _cool_down(self, cooldown: Cooldown, decision: Decision, step: int) -> None:
+        if self.supervisor is not None and not cooldown.active:
+            cooldown.begin(step, self.ranks.broadcast(self.supervisor.compute()))
+            logger.warning("From step %d on the learning rate is lowered: %s.", step, decision.reason)
 
     def _watch(self, step: int, loss: float | None) -> None:
         finite = loss is None or loss - loss == 0.0
@@ -281,6 +384,7 @@ class BudgetedRun:
 
     def end(self) -> None:
         """End of training, normal or not."""
+        self.rescue.train_end()
         self.memory.train_end()
         self._clocks.close()
 
@@ -302,6 +406,8 @@ class BudgetedRun:
             "rescue": self.rescue.state_dict(),
             "memory": self.memory.state_dict(),
         }
+        parts = {"reallocation": self.reallocation, "cooldown": self.cooldown, "best": self.best}
+        state |= {name: part.state_dict() for name, part in parts.items() if part is not None}
         save_state(folder, state)
 
     def restore(self, folder: str | Path) -> None:
@@ -327,6 +433,7 @@ class BudgetedRun:
         self.steps_done = int(state["step"])
         self._spent_before_training = dict(state["spent_before_training"])
         self._methods_state = state
+        self.saved_rows = state.get("reallocation", {}).get("rows")
         self.ledger.load_state_dict(state["ledger"])
         self.reserve.load_state_dict(state["reserve"])
 
@@ -337,6 +444,10 @@ class BudgetedRun:
         self.memory.load_state_dict(state["memory"], self.steps_done)
         if self.supervisor is not None and state["supervisor"] is not None:
             self.supervisor.load_state_dict(state["supervisor"], self.steps_done)
+        parts = {"reallocation": self.reallocation, "cooldown": self.cooldown, "best": self.best}
+        for name, part in parts.items():
+            if part is not None and name in state:
+                part.load_state_dict(state[name])
 
     def _methods(self) -> dict[str, Any]:
         return {f"{each.spec.kind}={each.spec.name}": each.config.to_dict() for each in self.plan.resolved.methods}

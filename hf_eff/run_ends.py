@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_eff.contracts.memory import BatchShape
+from hf_eff.engines.drift_probe import DriftProbe
 from hf_eff.engines.facts import model_facts
 from hf_eff.engines.gain_probe import GainProbe
 from hf_eff.engines.packed_weights import refuse_packed
@@ -13,8 +14,10 @@ from hf_eff.files import write_text
 from hf_eff.governor import GovernorLog
 from hf_eff.memory import MemoryStack
 from hf_eff.numerics.flops import forward_flops
+from hf_eff.plan_reallocation import chosen_actions
 from hf_eff.publish.bundle import figures
 from hf_eff.publish.evaluation import evaluation_of
+from hf_eff.reallocation import Reallocation
 from hf_eff.report import build_report, render_run_card
 from hf_eff.report.run_card import add_to_card
 from hf_eff.report.secrets import publishable
@@ -25,6 +28,8 @@ from hf_eff.scoring_rows import reference_rows, scoring_collator
 from hf_eff.supervisor import Supervisor
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from hf_eff.manifest import Selection
     from hf_eff.plan import Plan
 
@@ -50,17 +55,40 @@ def start_run(trainer: Any, plan: Plan, checkpoint: Path | None) -> BudgetedRun:
         refuse_packed(unwrapped)
     model = model_facts(unwrapped)
     directory = RunDirectory(trainer.args.output_dir)
-    run = BudgetedRun(plan, trainer.memory_stack, model, directory, trainer._objective)  # noqa: SLF001
+    trained = _trained_names(unwrapped)
+    run = BudgetedRun(plan, trainer.memory_stack, model, directory, trainer._objective, trained)  # noqa: SLF001
     if checkpoint is not None:
         run.restore(checkpoint)
     if run.ranks.is_first:
         run.directory.write_plan(plan)
     trainer.selection_stage.narrow(trainer, run)
     run.supervisor = _supervisor(trainer, run)
+    _connect_actions(trainer, run)
     if checkpoint is None and run.supervisor.log is not None and run.ranks.is_first:
         run.supervisor.log.start(plan.to_dict())
     run.open()
     return run
+
+
+def _trained_names(model: nn.Module) -> frozenset[str]:
+    return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def _connect_actions(trainer: Any, run: BudgetedRun) -> None:
+    """Let the governor see what else the run could do, and do it."""
+    supervisor, stage = run.supervisor, trainer.selection_stage
+    assert supervisor is not None  # noqa: S101 - the caller just made it
+    supervisor.situation = lambda: {
+        "phase": "cooldown" if run.cooling else "main",
+        "data_phase": stage.phases.number if stage.phases is not None else 0,
+    }
+    actions = chosen_actions(run.plan.resolved.governor.config)
+    if not actions:
+        return
+    run.reallocation = Reallocation(actions, trainer, run)
+    supervisor.offers = run.reallocation.offers
+    if "refresh" in actions and supervisor.probe is not None:
+        supervisor.drift = _drift(trainer, run)
 
 
 def _forget(trainer: Any, plan: Plan) -> None:
@@ -109,6 +137,22 @@ def _probe(trainer: Any, run: BudgetedRun) -> GainProbe:
     )
 
 
+def _drift(trainer: Any, run: BudgetedRun) -> DriftProbe:
+    """A sample of the pool to rank again."""
+    facts, stage = run.model, trainer.selection_stage
+    return DriftProbe(
+        stage.scored_rows,
+        scoring_collator(trainer),
+        is_causal_lm=facts.is_causal_lm,
+        num_examples=getattr(run.plan.resolved.governor.config, "drift_examples", 64),
+        seed=trainer.args.seed,
+        forward_flops=lambda batch, length: forward_flops(facts, BatchShape(batch, length)),
+        rank=run.ranks.rank,
+        world_size=run.ranks.size,
+        gather=run.ranks.gather,
+    )
+
+
 def finish_run(trainer: Any, run: BudgetedRun) -> dict[str, Any]:
     """Predicted beside measured: returned on every rank, written by the first."""
     selection = trainer.selection_stage.selection
@@ -125,18 +169,34 @@ def finish_run(trainer: Any, run: BudgetedRun) -> dict[str, Any]:
             "out_of_memory": run.rescue.events,
         },
         _chosen_rows(selection) if selection is not None else None,
-        {"ended": run.stop.reason} if stopped_by else None,
+        _governor_facts(run, ended=stopped_by is not None),
         environment(getattr(getattr(trainer.model, "config", None), "_name_or_path", None) or None, _datasets(trainer)),
     )
     report["plan"] = publishable(str(run.plan).splitlines())
     report["evaluation"] = evaluation_of(trainer.state.log_history, trainer.data_origins)
+    if run.best is not None and (stopped_by is not None or run.steps_done >= (run.plan.steps or 0)):
+        run.best.remove()  # a run that somebody else ended may be resumed
     if run.ranks.is_first:
         if run.supervisor is not None and run.supervisor.log is not None:
-            run.supervisor.log.finish({"steps": run.steps_done, "ended": run.stop.reason})
+            run.supervisor.log.finish(
+                {"steps": run.steps_done, "ended": run.stop.reason, "by_purpose": run.ledger.by_purpose()}
+            )
         run.directory.write_report(report)
         if run.replay_log is not None:
             run.write_log(run.directory.path, trainer.accelerator.unwrap_model(trainer.model))
     return report
+
+
+def _governor_facts(run: BudgetedRun, *, ended: bool) -> dict[str, Any] | None:
+    """How the run ended and what was changed on the way; None for a run that nobody touched."""
+    facts: dict[str, Any] = {"ended": run.stop.reason} if ended else {}
+    if run.cooldown is not None and run.cooldown.active:
+        facts["learning rate lowered from step"] = run.cooldown.begun_at
+    if run.weights_of_step is not None:
+        facts["weights of step"] = run.weights_of_step
+    if run.reallocation is not None and run.reallocation.events:
+        facts["changes"] = [dict(event) for event in run.reallocation.events]
+    return facts or None
 
 
 def _datasets(trainer: Any) -> list[str]:

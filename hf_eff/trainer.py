@@ -30,7 +30,7 @@ from hf_eff.engines.logged_metrics import metrics_kept, metrics_snapshot
 from hf_eff.engines.objectives import Objective, as_objective, objective_value, with_objective
 from hf_eff.engines.packed_weights import never_packed
 from hf_eff.engines.plain_state import follow_schedule, keep_plain
-from hf_eff.engines.schedule_progress import follow_budget, hold
+from hf_eff.engines.schedule_progress import follow_budget, hold, scale_rate
 from hf_eff.engines.sharded_resume import keeps_no_state, load_schedule, trainable
 from hf_eff.engines.spool import spooled
 from hf_eff.engines.update_hooks import UpdateHooks, without_new_hooks
@@ -167,9 +167,9 @@ class BudgetedTrainerMixin(_Parent):
         self.budgeted_run = start_run(self, self.plan, checkpoint)
         self.budgeted_run.rescue.attach(self._current_optimizer, partial(metrics_snapshot, self))
         try:
-            with never_packed(
-                self.accelerator.unwrap_model(self.model)
-            ):  # evaluation between steps would cut 4-bit layers off from gradients
+            # Evaluation between steps would cut 4-bit layers off from gradients.
+            packed = never_packed(self.accelerator.unwrap_model(self.model))
+            with packed, self.selection_stage.counted_steps(self):
                 output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
         finally:
             self.budgeted_run.end()
@@ -228,22 +228,33 @@ class BudgetedTrainerMixin(_Parent):
             hold(scheduler, self.memory_stack.schedule_every())
         if self.budgeted_run is not None and self.budgeted_run.limits_progress:
             follow_budget(scheduler, num_training_steps, self.budgeted_run.progress)
+        if self.budgeted_run is not None and self.budgeted_run.cooldown is not None:
+            scale_rate(scheduler, self.budgeted_run.rate_factor)
         return scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """The memory methods' order of the rows, or the parent's."""
+        """The order of rows that may change, that of the memory methods, or the parent's."""
         rows = self.train_dataset if train_dataset is None else train_dataset
         plan = self.plan if self.budgeted_run is not None else None
         order = self.memory_stack.sampler(self._sampler_context(plan, rows)) if plan is not None else None
-        if plan is None or order is None:
+        windows = plan is not None and self.selection_stage.phases is not None
+        if plan is None or (order is None and not windows):
             return super()._get_train_sampler(train_dataset)
+        owner = (
+            f"governor={plan.resolved.governor.spec.name!r}" if windows else f"memory={plan.resolved.options.memory!r}"
+        )
         strategy = getattr(self.args, "train_sampling_strategy", "random")
         if strategy != "random" or getattr(self.args, "group_by_length", False):
             raise PlanError(
-                f"memory={plan.resolved.options.memory!r} orders the rows itself, so that another order would be "
+                f"{owner} orders the rows itself, so that another order would be "
                 "ignored; leave train_sampling_strategy at 'random' and group_by_length off."
             )
-        return order
+        if windows and order is not None:
+            raise PlanError(
+                f"{owner} changes the rows and memory={plan.resolved.options.memory!r} orders them itself; leave the "
+                "data actions out, or use another memory method."
+            )
+        return self.selection_stage.sampler(lambda: self.state.global_step) if windows else order
 
     def _sampler_context(self, plan: Plan, rows: Any) -> SamplerContext:
         args = self.args
@@ -443,7 +454,13 @@ class _RunCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self._trainer
         trainer.memory_stack.train_begin(trainer.model, state.global_step)
-        trainer.budgeted_run.note_origin(trainer.accelerator.unwrap_model(trainer.model), state.global_step)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        trainer.budgeted_run.note_origin(model, state.global_step)
+        trainer.budgeted_run.training_begins(model)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self._trainer
+        trainer.budgeted_run.window_begins(state.global_step, trainer.accelerator.unwrap_model(trainer.model))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self._trainer

@@ -33,7 +33,9 @@ LONE_MODULES = {
     "hf_eff.numerics.sparse_projection": "sparse random signs; tested against its matrix",
     "hf_eff.numerics.text_quality": "measures of a text alone; tested on written cases",
     "hf_eff.numerics.two_sided_projection": "projection of both sides of a gradient; tested against its matrices",
-    "hf_eff.numerics.robust_slope": "Theil-Sen with its interval; tested against brute force",
+    "hf_eff.numerics.action_index": "best gain per compute of an action; tested against a dense search",
+    "hf_eff.numerics.freshness": "lifetime and uplift of scores; tested against dense references",
+    "hf_eff.numerics.scaling_laws": "published laws of pretraining; tested against the authors' own values",
     "hf_eff.numerics.top_k": "the best of a stream; tested against sorting all of it",
     "hf_eff.numerics.trajectory_clusters": "clusters of loss curves; tested on planted families",
 }

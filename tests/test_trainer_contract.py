@@ -203,6 +203,35 @@ def test_attributes_exist_during_a_run(trainer):
     assert not [name for name in ATTRIBUTES if not hasattr(run, name)]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_of_an_epoch_are_drawn_after_it_has_begun(trainer, workers):
+    """What changes at ``on_epoch_begin`` is what the epoch trains on, with ``args.max_steps`` counting the steps."""
+    drawn = []
+
+    class Noting(torch.utils.data.SequentialSampler):
+        def __iter__(self):
+            drawn.append("rows")
+            return iter(range(8))
+
+        def __len__(self):
+            return 8
+
+    class Sampled(Recorder):
+        def _get_train_sampler(self, train_dataset=None):
+            return Noting(train_dataset)
+
+    class Beginning(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            drawn.append(state.global_step)
+
+    run = trainer(Sampled, max_steps=5, save_strategy="no", dataloader_num_workers=workers)
+    run.args.dataloader_persistent_workers = workers > 0
+    run.add_callback(Beginning())
+    run.train()
+    assert drawn == [0, "rows", 2, "rows", 4, "rows"]
+    assert run.state.global_step == 5
+
+
 def test_no_batches_end_the_loop_cleanly(trainer):
     class Gated(Recorder):
         def get_batch_samples(self, *args, **kwargs):

@@ -46,3 +46,21 @@ def hold(scheduler: LRScheduler, every: int) -> None:
         return lambda step: rate(step - step % every)
 
     scheduler.lr_lambdas = [held(rate) for rate in scheduler.lr_lambdas]
+
+
+def scale_rate(scheduler: LRScheduler, factor: Callable[[], float]) -> None:
+    """Multiply what a schedule says by a factor that is asked for at each of its steps.
+
+    Only ``LambdaLR`` schedules, as for ``follow_budget``. What is saved in checkpoints does not change.
+
+    Args:
+        scheduler: Changed in place.
+        factor: In [0, 1].
+    """
+    if not isinstance(scheduler, LambdaLR):
+        return
+
+    def scaled(rate: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda step: rate(step) * factor()
+
+    scheduler.lr_lambdas = [scaled(rate) for rate in scheduler.lr_lambdas]
