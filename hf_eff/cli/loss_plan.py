@@ -237,11 +237,11 @@ def _forward_flops(plan: Plan) -> float:
 
 def _probe_flops(plan: Plan, budget: float) -> float:
     """FLOPs of a probe; without held-out rows, of one that reads as many as a governor would, as long as the pool's."""
-    from hf_eff.engines.probe_spacing import PURSE_ADVANCE, WIDEST_GAP, probe_flops
+    from hf_eff.engines.probe_spacing import WIDEST_GAP, probe_flops
     from hf_eff.loss_forecast import PROBE_SHARE
 
     facts, examples = plan.facts, getattr(plan.resolved.governor.config, "num_examples", _PROBE_EXAMPLES)
     if not facts.pool.num_reference:
         pool = dataclasses.replace(facts.pool, num_reference=examples, mean_reference_tokens=facts.pool.mean_tokens)
         facts = facts.replace(pool=pool)
-    return probe_flops(facts, examples, WIDEST_GAP * (1.0 + PURSE_ADVANCE) * PROBE_SHARE * budget)
+    return probe_flops(facts, examples, WIDEST_GAP * PROBE_SHARE * budget)

@@ -14,7 +14,6 @@ from hf_eff.contracts.spec import MethodConfig, knob
 from hf_eff.engines.gain_thresholds import Threshold, next_stretch
 from hf_eff.engines.probe_history import FEWEST_PROBES, Outlook, ProbeHistory, is_confounded
 from hf_eff.engines.probe_spacing import (
-    PURSE_ADVANCE,
     WIDEST_GAP,
     planned_flops,
     probe_flops,
@@ -78,7 +77,7 @@ class GainConfig(MethodConfig):
 
         Many rough probes tell more of a curve than a few precise ones: a dearer probe should have fewer examples.
         """
-        return WIDEST_GAP * (1.0 + PURSE_ADVANCE) * self.probe_share * compute
+        return WIDEST_GAP * self.probe_share * compute
 
 
 class GainRule(Governor):
@@ -280,8 +279,8 @@ def probing_cost(config: GainConfig, facts: Facts) -> Cost:
     probe = probe_flops(facts, config.num_examples, config.probe_allowance(limit))
     if probe == 0.0:
         return Cost()
-    spent, count = 0.0, 0
+    spent, count = step, 0  # the first probe comes after the first step
     while spent < limit:
         count += 1
-        spent += max(probe_gap(config.probe_growth, config.probe_share, spent, limit, probe), step)
-    return Cost(flops=min(count * probe, (1.0 + PURSE_ADVANCE) * config.probe_share * limit))
+        spent += max(probe_gap(config.probe_growth, config.probe_share, spent - step, limit, probe), step)
+    return Cost(flops=min(count, math.floor(config.probe_share * limit / probe + 1e-9)) * probe)

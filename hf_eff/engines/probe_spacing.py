@@ -17,15 +17,15 @@ PURSE_ADVANCE = 0.2
 
 
 def purse_allows(telemetry: Telemetry, probe_cost: float, share: float) -> bool:
-    """Whether one more probe keeps all of them within ``share`` of the compute spent and of the advance.
+    """Whether one more probe keeps all of them within ``share`` of the compute spent, the advance included.
 
     Args:
         telemetry: The look before the probe; its compute limit is finite.
         probe_cost: Governing currency that the probe takes.
         share: Cap on the probes' part.
     """
-    purse = share * (telemetry.compute + PURSE_ADVANCE * telemetry.compute_limit)
-    return telemetry.probe_spent + probe_cost <= purse
+    limit = telemetry.compute_limit
+    return telemetry.probe_spent + probe_cost <= share * min(telemetry.compute + PURSE_ADVANCE * limit, limit)
 
 
 def probe_gap(growth: float, share: float, since_start: float, limit: float, probe_cost: float) -> float:
@@ -38,7 +38,7 @@ def probe_gap(growth: float, share: float, since_start: float, limit: float, pro
         limit: Budget.
         probe_cost: Cost of a probe.
     """
-    affordable = probe_cost / max((1.0 + PURSE_ADVANCE) * share, 1e-300)
+    affordable = probe_cost / max(share, 1e-300)
     return max(min(growth * since_start, WIDEST_GAP * limit), affordable)
 
 

@@ -16,7 +16,7 @@ Idea
     gain per compute.
 
 Cost      n probe examples of T tokens, B budget
-    flops  one forward of n*T tokens a probe; all probes together at most 1.2 * probe_share * B
+    flops  one forward of n*T tokens a probe; all probes together at most probe_share * B
     bytes  none beyond a forward without gradients
 
 Use when   a held-out set of the target exists and the budget pays for two dozen probes or more.

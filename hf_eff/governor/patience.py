@@ -11,7 +11,7 @@ Idea
     Probes are spaced evenly in steps.
 
 Cost      n probe examples of T tokens, B budget
-    flops  one forward of n*T tokens a probe, ``probes`` of them; together at most 1.2 * probe_share * B
+    flops  one forward of n*T tokens a probe, ``probes`` of them; together at most probe_share * B
     bytes  none beyond a forward without gradients
 
 Use when   the habitual rule is what a governor is compared with, at no cost beyond the probes.
@@ -32,7 +32,7 @@ from typing import Any
 from hf_eff.contracts.cost import Cost, Facts
 from hf_eff.contracts.governor import Decision, Governor, Telemetry
 from hf_eff.contracts.spec import MethodConfig, MethodSpec, Traits, knob
-from hf_eff.engines.probe_spacing import PURSE_ADVANCE, planned_flops, probe_flops, purse_allows
+from hf_eff.engines.probe_spacing import planned_flops, probe_flops, purse_allows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def cost(config: PatienceConfig, facts: Facts) -> Cost:
     """FLOPs of all probes of a run that is never stopped."""
     _, limit = planned_flops(facts)
     probe = probe_flops(facts, config.num_examples, config.probe_allowance(limit))
-    return Cost(flops=min(config.probes * probe, (1.0 + PURSE_ADVANCE) * config.probe_share * limit))
+    return Cost(flops=min(config.probes * probe, config.probe_share * limit))
 
 
 SPEC = MethodSpec(

@@ -11,7 +11,7 @@ Idea
     better worst case than its factor ln(u / l) + 1. Runs that share one budget each hold their own gain against it.
 
 Cost      n probe examples of T tokens, B budget
-    flops  one forward of n*T tokens a probe; all probes together at most 1.2 * probe_share * B
+    flops  one forward of n*T tokens a probe; all probes together at most probe_share * B
     bytes  none beyond a forward without gradients
 
 Use when   several runs, or later ones, draw on the same budget.

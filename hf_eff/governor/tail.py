@@ -10,7 +10,7 @@ Idea
     gain per compute as the budget runs out. Probes, curve fits and confirmation are those of all gain policies.
 
 Cost      n probe examples of T tokens, B budget
-    flops  one forward of n*T tokens a probe; all probes together at most 1.2 * probe_share * B
+    flops  one forward of n*T tokens a probe; all probes together at most probe_share * B
     bytes  none beyond a forward without gradients
 
 Use when   nobody can say what a nat is worth, and compute that is left over is worth something.

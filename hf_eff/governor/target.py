@@ -10,7 +10,7 @@ Idea
     with L the held-out loss, C the compute spent and B the budget. Without a target it only keeps the budget.
 
 Cost      n probe examples of T tokens, B budget
-    flops  one forward of n*T tokens a probe; all probes together at most 1.2 * probe_share * B
+    flops  one forward of n*T tokens a probe; all probes together at most probe_share * B
     bytes  none beyond a forward without gradients
 
 Use when   a loss that is good enough is known, from an earlier run or a requirement.

@@ -230,9 +230,9 @@ def test_the_prospect_is_that_of_the_plan():
 
 def test_without_held_out_rows_a_probe_is_priced_by_the_pool():
     found = loss_plan.prospect_of(plan_of("1.1Mtok"), wishes(), None)
-    # As many rows of 20 tokens as 1.2 * 3 % of the compute pay for in every 1/120 of it.
+    # As many rows of 20 tokens as 3 % of the compute pay for in every 1/120 of it.
     row = 20 * found.forward_flops
-    rows = int(1.2 * 0.03 / 120 * found.tokens * found.token_flops / row)
+    rows = int(0.03 / 120 * found.tokens * found.token_flops / row)
     assert 16 < rows < 128
     assert found.probe_flops == pytest.approx(row * rows)
 

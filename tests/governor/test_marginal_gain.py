@@ -1,9 +1,7 @@
 import dataclasses
-import importlib.util
 import json
 import math
 import statistics
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +22,6 @@ from hf_eff.registry import build, get_method
 from hf_eff.testing import tapes as shipped
 
 STEPS = 300
-
-
-@pytest.fixture(scope="module")
-def bench():
-    path = Path(__file__).parents[2] / "benchmarks" / "governor_stop.py"
-    spec = importlib.util.spec_from_file_location("governor_stop", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def governor(**options):
@@ -90,28 +79,6 @@ def probe_looks(looks):
     return [look for look in looks if look.probe is not None]
 
 
-# where it stops, on curves with a price
-
-
-@pytest.fixture(scope="module")
-def simulated(bench):
-    """Regret on 200 curves, probes charged."""
-    names = ("marginal_gain", "patience-3", "fixed-1/3")
-    table = bench.simulate(bench.FAMILIES, range(200), probe_cost=0.0003, policies=names)
-    print(bench.format_table("policy", table))  # noqa: T201 - families that stay hard are shown, not averaged away
-    return table
-
-
-@pytest.mark.parametrize("other", ["patience-3", "fixed-1/3"])
-def test_regret_is_at_most_half_of(simulated, bench, other):
-    assert bench.all_of(simulated["marginal_gain"]).mean() <= 0.5 * bench.all_of(simulated[other]).mean()
-
-
-def test_regret_on_smooth_curves_is_small(simulated, bench):
-    smooth = {family: simulated["marginal_gain"][family] for family in bench.SMOOTH}
-    assert bench.all_of(smooth).mean() <= 0.02
-
-
 # the rule
 
 
@@ -161,7 +128,7 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("options", [{}, {"threshold": "price", "price": 0.3}], ids=["tail", "price"])
 def test_decides_by_the_documented_rule(shape, options):
-    looks, decisions = play(governor(**options), SHAPES[shape], noise=0.004, seed=3)
+    looks, decisions = play(governor(**options), SHAPES[shape], noise=0.004, seed=3, probe_cost=0.00025)
     at_probes = [each for look, each in zip(looks, decisions, strict=True) if look.probe is not None]
     expected = literal_decisions(looks, price=options.get("price"))
     assert [each.action == "stop" for each in at_probes] == expected
@@ -336,7 +303,9 @@ def tapes():
 def test_probes_never_pass_the_purse(share):
     for tape in tapes():
         for look in play(governor(probe_share=share), **tape)[0]:
-            assert look.probe_spent <= share * (look.compute + 0.2 * look.compute_limit) * (1 + 1e-12)
+            assert look.probe_spent <= share * min(look.compute + 0.2 * look.compute_limit, look.compute_limit) * (
+                1 + 1e-12
+            )
             assert look.probe_spent <= 0.15 * look.compute + 0.03 * look.compute_limit
 
 
@@ -460,8 +429,8 @@ RATES = {"warm": warm, "drop": drop, "decay": lambda share: 1.0 - share, None: N
 
 
 @pytest.mark.parametrize("name", FROZEN)
-def test_decides_as_it_did_when_it_could_only_stop(name):
-    """Looks and decisions recorded before thresholds and reallocations were added."""
+def test_decides_as_it_did(name):
+    """Looks and decisions recorded once: a change of the code that means to change none changes none."""
     frozen = FROZEN[name]
     given = {**frozen["play"], "rate": RATES[frozen["play"].get("rate")]}
     looks, decisions = play(governor(**frozen["options"]), SHAPES[given.pop("loss", "exponential")], **given)
@@ -781,7 +750,7 @@ def test_the_cost_is_what_a_full_run_spends_on_probes(max_steps, num_examples):
     looks, _ = play(MarginalGain(config), probe_cost=share, steps=max_steps, limit=step * max_steps)
     spent = looks[-1].probe_spent
     assert cost(config, given).flops == pytest.approx(spent, rel=0.15)
-    assert cost(config, given).flops <= 1.2 * 0.03 * step * max_steps
+    assert cost(config, given).flops <= 0.03 * step * max_steps
 
 
 def test_without_held_out_rows_nothing_is_forecast():

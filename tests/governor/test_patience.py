@@ -76,7 +76,7 @@ def test_the_purse_is_never_passed():
     for share in (0.0, 0.03, 0.15):
         policy = Patience(PatienceConfig(patience=10**6, probe_share=share))
         for seen in play(policy, Tape(flat, limit=120.0, probe_cost=2.0)).telemetry:
-            assert seen.probe_spent <= share * (seen.compute + 0.2 * 120.0) * (1 + 1e-12)
+            assert seen.probe_spent <= share * min(seen.compute + 0.2 * 120.0, 120.0) * (1 + 1e-12)
 
 
 def test_without_planned_steps_the_budget_spaces_the_probes():
@@ -119,4 +119,4 @@ def test_the_cost_is_that_of_all_probes():
     probe = forward_flops(model, BatchShape(rows=16, length=40))
     assert cost(PatienceConfig(), facts).flops == pytest.approx(40 * probe)
     run = 2000 * training_flops(model, BatchShape(rows=16, length=40))
-    assert cost(PatienceConfig(probe_share=1e-5), facts).flops == pytest.approx(1.2e-5 * run)
+    assert cost(PatienceConfig(probe_share=1e-5), facts).flops == pytest.approx(1e-5 * run)
