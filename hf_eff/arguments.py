@@ -54,6 +54,9 @@ class BudgetedArguments:
     price_per_hour: float | None = field(
         default=None, metadata={"help": "Price of the machine in USD per hour; turns time into money."}
     )
+    power_watts: float | None = field(
+        default=None, metadata={"help": "Power of the machine under full load; estimates energy where none is counted."}
+    )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let ``TrainingArguments`` parse the mapping fields from JSON strings too."""
@@ -111,6 +114,7 @@ def options_of(args: Any) -> EffOptions:
         governor_mode=read("governor_mode"),
         out_of_memory=getattr(args, "out_of_memory", None),
         price_per_hour=_number(getattr(args, "price_per_hour", None)),
+        power_watts=_number(getattr(args, "power_watts", None)),
         **{name: _mapping(getattr(args, name, None)) for name in _DICT_FIELDS},
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -27,6 +28,7 @@ class EffOptions:
         budget: Limits such as ``"2h, 3e15flop"``.
         governor_mode: ``"act"``, ``"advise"`` (say what it would do) or ``"observe"`` (log only).
         price_per_hour: Price of the machine in USD, for budgets in ``usd``.
+        power_watts: Power of the machine under full load, for an estimate of its energy where no counter can be read.
         out_of_memory: What happens when memory runs out: ``"adapt"`` tries the rungs that the plan lists, ``"exact"``
             only those that leave the result as it is, ``"raise"`` none. None is ``"adapt"``, once anything else is set.
         selection_kwargs, memory_kwargs, governor_kwargs: Options of the methods.
@@ -38,6 +40,7 @@ class EffOptions:
     budget: str | None = None
     governor_mode: str = "act"
     price_per_hour: float | None = None
+    power_watts: float | None = None
     out_of_memory: str | None = None
     selection_kwargs: Mapping[str, Any] = field(default_factory=dict)
     memory_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -145,6 +148,8 @@ def resolve_options(options: EffOptions) -> ResolvedOptions:
     budget = Budget.parse(options.budget)
     if "usd" in budget.limits and options.price_per_hour is None:
         raise OptionError("budget in usd needs price_per_hour=..., the price of the machine in USD per hour.")
+    if options.power_watts is not None and not 0 < options.power_watts < math.inf:
+        raise OptionError(f"power_watts must be a positive number of watts, got {options.power_watts!r}.")
     governor = options.governor or ("budget" if budget else "none")
     if governor == "budget" and not budget:
         raise OptionError("governor='budget' needs budget='...', for example budget='2h' or budget='3e15flop'.")

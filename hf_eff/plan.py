@@ -433,6 +433,12 @@ def _refuse_budget(plan: Plan) -> None:
             f"memory={plan.resolved.options.memory!r}; lower the batch size or the length, or use a method that "
             f"holds less ('hf-eff profile' compares them)."
         )
+    uncounted = plan.facts.hardware.energy_source == "unavailable" and plan.resolved.options.power_watts is None
+    if "kwh" in limits and uncounted:
+        raise PlanError(
+            "budget limits energy and nothing here counts it; pip install 'hf_eff[energy]' on a machine with counters, "
+            "or give power_watts=..., the machine's power under full load, for an estimate."
+        )
     for currency, spent in (("flops", plan.flops["select"]), ("tokens", plan.selection_tokens)):
         limit = limits.get(currency)
         if limit is not None and spent >= limit:

@@ -86,7 +86,11 @@ class BudgetedRun:
         self.memory = memory
         self.directory = directory
         self.ranks = Ranks()
-        self.ledger = Ledger(plan.resolved.budget, plan.resolved.options.price_per_hour)
+        self.ledger = Ledger(
+            plan.resolved.budget,
+            plan.resolved.options.price_per_hour,
+            power_watts=plan.resolved.options.power_watts,
+        )
         self.reserve = StepReserve()
         self.rescue = Rescue(plan, memory, model, self._charge_again)
         self.supervisor: Supervisor | None = None
@@ -353,6 +357,7 @@ class BudgetedRun:
         entries = {f"eff/{name}": spent[name] for name in ("flops", "tokens") if name in spent}
         if self.limits_progress:
             entries["eff/budget_share"] = self.ledger.share()
+            entries.update({f"eff/share_{name}": share for name, share in self.ledger.shares().items()})
         return {**entries, **{f"eff/{key}": value for key, value in self.memory.log_entries().items()}}
 
     # The replay log of a zeroth-order run

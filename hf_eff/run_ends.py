@@ -9,6 +9,7 @@ from hf_eff.contracts.memory import BatchShape
 from hf_eff.engines.drift_probe import DriftProbe
 from hf_eff.engines.facts import model_facts
 from hf_eff.engines.gain_probe import GainProbe
+from hf_eff.engines.held_out import held_out_of
 from hf_eff.engines.packed_weights import refuse_packed
 from hf_eff.files import write_text
 from hf_eff.governor import GovernorLog
@@ -65,7 +66,7 @@ def start_run(trainer: Any, plan: Plan, checkpoint: Path | None) -> BudgetedRun:
     run.supervisor = _supervisor(trainer, run)
     _connect_actions(trainer, run)
     if checkpoint is None and run.supervisor.log is not None and run.ranks.is_first:
-        run.supervisor.log.start(plan.to_dict())
+        run.supervisor.log.start({**plan.to_dict(), "energy": run.ledger.energy_source})
     run.open()
     return run
 
@@ -123,6 +124,13 @@ def _probe(trainer: Any, run: BudgetedRun) -> GainProbe:
     facts, config = run.model, run.plan.resolved.governor.config
     allowance = getattr(config, "probe_allowance", None)
     rows, _ = reference_rows(trainer, trainer.selection_stage.unpacked_reference)
+    quantity = held_out_of(
+        trainer._governor_objective,  # noqa: SLF001
+        is_causal_lm=facts.is_causal_lm,
+        rows=rows,
+        trainer=trainer,
+        tokenizer=trainer.processing_class,
+    )
     return GainProbe(
         rows,
         scoring_collator(trainer),
@@ -130,10 +138,11 @@ def _probe(trainer: Any, run: BudgetedRun) -> GainProbe:
         num_examples=getattr(config, "num_examples", 128),
         max_flops=allowance(_expected_flops(run.plan)) if allowance is not None else float("inf"),
         seed=trainer.args.seed,
-        forward_flops=lambda batch, length: forward_flops(facts, BatchShape(batch, length)),
+        forward_flops=lambda batch, length: quantity.flops(facts, BatchShape(batch, length)),
         rank=run.ranks.rank,
         world_size=run.ranks.size,
         gather=run.ranks.gather,
+        quantity=quantity,
     )
 
 
@@ -170,7 +179,7 @@ def finish_run(trainer: Any, run: BudgetedRun) -> dict[str, Any]:
         },
         _chosen_rows(selection) if selection is not None else None,
         _governor_facts(run, ended=stopped_by is not None),
-        environment(getattr(getattr(trainer.model, "config", None), "_name_or_path", None) or None, _datasets(trainer)),
+        {**environment(_base_model(trainer), _datasets(trainer)), "energy": run.ledger.energy_source},
     )
     report["plan"] = publishable(str(run.plan).splitlines())
     report["evaluation"] = evaluation_of(trainer.state.log_history, trainer.data_origins)
@@ -197,6 +206,10 @@ def _governor_facts(run: BudgetedRun, *, ended: bool) -> dict[str, Any] | None:
     if run.reallocation is not None and run.reallocation.events:
         facts["changes"] = [dict(event) for event in run.reallocation.events]
     return facts or None
+
+
+def _base_model(trainer: Any) -> str | None:
+    return getattr(getattr(trainer.model, "config", None), "_name_or_path", None) or None
 
 
 def _datasets(trainer: Any) -> list[str]:

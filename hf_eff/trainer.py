@@ -62,8 +62,10 @@ class BudgetedTrainerMixin(_Parent):
 
     Args:
         positional: Passed on to the parent.
-        named: Passed on to the parent, but for ``objective``: what a zeroth-order method makes smaller instead of the
-            loss, a function of (model, inputs) or an ``hf_eff.Objective``.
+        named: Passed on to the parent, but for two. ``objective``: what a zeroth-order method makes smaller instead of
+            the loss, a function of (model, inputs) or an ``hf_eff.Objective``. ``governor_objective``: what a governor
+            watches on the held-out rows instead of their loss: a function of (model, batch), an ``Objective``, or the
+            name of a metric.
 
     Attributes:
         plan: The ``Plan`` of the run; None while nothing of hf_eff is asked for.
@@ -80,12 +82,14 @@ class BudgetedTrainerMixin(_Parent):
     _given_model: ModelFacts | None = None
     budgeted_run: BudgetedRun | None = None
     _objective: Objective | None = None
+    _governor_objective: Any = None
     data_origins: Mapping[str, Any] = MappingProxyType({})
     _micro_step: int = 0
     _update_hooks: UpdateHooks | None = None
 
     def __init__(self, *positional: Any, **named: Any) -> None:
         self._objective = as_objective(named.pop("objective", None))
+        self._governor_objective = named.pop("governor_objective", None)
         given = _by_name(type(self), positional, named)
         options = with_default_memory(options_of(given.get("args")), self.default_memory)
         if self._objective is not None or not options.is_neutral:

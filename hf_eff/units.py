@@ -10,6 +10,7 @@ _PREFIX = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15
 _BINARY = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _DECIMAL_BYTES = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_JOULES_PER_KWH = 3.6e6
 _NUMBER = re.compile(r"^\s*([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+)\s*([A-Za-z]+)\s*$")
 
 CURRENCIES = ("flops", "tokens", "steps", "seconds", "bytes", "kwh", "usd")
@@ -28,7 +29,10 @@ def _unit_table() -> dict[str, tuple[str, float]]:
         table[word] = ("seconds", seconds)
     for word, size in {**_BINARY, **_DECIMAL_BYTES}.items():
         table[word] = ("bytes", float(size))
-    table.update({"Wh": ("kwh", 1e-3), "kWh": ("kwh", 1.0), "kwh": ("kwh", 1.0), "J": ("kwh", 1 / 3.6e6)})
+    for word, kwh in {"Wh": 1e-3, "kWh": 1.0, "kwh": 1.0, "MWh": 1e3}.items():
+        table[word] = ("kwh", kwh)
+    for prefix in ("", "k", "M", "G"):
+        table[prefix + "J"] = ("kwh", _PREFIX[prefix] / _JOULES_PER_KWH)
     return table
 
 
@@ -56,7 +60,7 @@ def parse_quantity(text: str) -> tuple[str, float]:
     if match is None or match.group(2) not in _UNITS:
         raise OptionError(
             f"budget={text.strip()!r} is not an amount with a unit. Write a number and one of "
-            "h, min, s, flop (also Tflop, Pflop), tok (ktok, Mtok), steps, MiB, GiB, kWh, usd; "
+            "h, min, s, flop (also Tflop, Pflop), tok (ktok, Mtok), steps, MiB, GiB, kWh, J, usd; "
             "for example '2h, 3e15flop'."
         )
     currency, factor = _UNITS[match.group(2)]
@@ -78,7 +82,7 @@ def format_amount(currency: str, amount: float) -> str:
         return format_bytes(amount)
     if currency == "seconds":
         return format_seconds(amount)
-    plain = {"kwh": f"{amount:.4g} kWh", "usd": f"{amount:.4g} USD", "steps": f"{amount:.0f} steps"}
+    plain = {"kwh": _format_energy(amount), "usd": f"{amount:.4g} USD", "steps": f"{amount:.0f} steps"}
     if currency in plain:
         return plain[currency]
     word = {"flops": "FLOP", "tokens": "tok"}[currency]
@@ -86,6 +90,11 @@ def format_amount(currency: str, amount: float) -> str:
         if amount >= _PREFIX[prefix]:
             return f"{amount / _PREFIX[prefix]:.2f} {prefix}{word}"
     return f"{amount:.0f} {word}"
+
+
+def _format_energy(kwh: float) -> str:
+    """Joules where kilowatt hours would be all zeros."""
+    return f"{kwh:.4g} kWh" if kwh == 0 or kwh >= 1e-3 else f"{kwh * _JOULES_PER_KWH:.4g} J"
 
 
 def format_bytes(amount: float) -> str:

@@ -33,6 +33,7 @@ LONE_MODULES = {
     "hf_eff.numerics.sparse_projection": "sparse random signs; tested against its matrix",
     "hf_eff.numerics.text_quality": "measures of a text alone; tested on written cases",
     "hf_eff.numerics.two_sided_projection": "projection of both sides of a gradient; tested against its matrices",
+    "hf_eff.hardware.estimated_power": "power times utilisation; tested with a fake clock",
     "hf_eff.numerics.action_index": "best gain per compute of an action; tested against a dense search",
     "hf_eff.numerics.freshness": "lifetime and uplift of scores; tested against dense references",
     "hf_eff.numerics.scaling_laws": "published laws of pretraining; tested against the authors' own values",
@@ -159,6 +160,7 @@ def test_options_are_frozen():
         "budget",
         "out_of_memory",
         "price_per_hour",
+        "power_watts",
     }
 
 

@@ -94,3 +94,22 @@ def test_share_is_that_of_the_scarcest(limits, spent):
 @given(LIMITS.filter(bool))
 def test_prints_every_limit(limits):
     assert len(str(Budget(limits)).split(", ")) == len(limits)
+
+
+@given(LIMITS, LIMITS)
+def test_the_binding_limit_has_the_largest_share(limits, spent):
+    budget = Budget(limits)
+    shares = {name: spent.get(name, 0.0) / limit for name, limit in limits.items()}
+    assert budget.shares(spent) == {name: shares[name] for name in limits if name in spent}
+    additive = {name: share for name, share in shares.items() if name != "bytes"}
+    binding = budget.binding(spent)
+    assert (binding is None) == (not additive)
+    if binding is not None:
+        assert additive[binding] == max(additive.values())
+        assert min(1.0, additive[binding]) == budget.share(spent)
+
+
+def test_energy_and_money_are_read_together():
+    budget = Budget.parse("3e6J, 0.5kWh, 4usd")
+    assert budget.limits == {"kwh": 0.5, "usd": 4.0}  # 3e6 J are 0.83 kWh: the lower one binds
+    assert budget.binding({"kwh": 0.25, "usd": 3.0}) == "usd"

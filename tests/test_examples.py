@@ -76,6 +76,21 @@ def test_zo_exact_match(tmp_path):
     assert (tmp_path / "replay.jsonl").stat().st_size < 16 * 1024
 
 
+def test_governor_dpo(tmp_path):
+    trainer, governor = example("governor_dpo").main(
+        tiny_model(),
+        tiny_model(),
+        tiny_tokenizer(),
+        "1Tflop",
+        str(tmp_path),
+        12,
+        **{**TINY, "max_steps": 3, "activation_checkpointing": False},
+    )
+    assert trainer.state.global_step == 3
+    assert governor.ledger.binding() == "flops"
+    assert (tmp_path / "governor.jsonl").is_file()
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_examples_use_the_public_names_only(path):
     import hf_eff

@@ -48,6 +48,7 @@ def test_json_text_is_read_and_its_errors_named():
         ({"governor_mode": "maybe"}, "governor_mode must be one of"),
         ({"budget": "2 parsecs"}, "is not an amount with a unit"),
         ({"budget": "4usd"}, "needs price_per_hour"),
+        ({"power_watts": 0.0}, "positive number of watts"),
         ({"governor": "budget"}, "governor='budget' needs budget="),
         ({"selection_kwargs": [1]}, "must be a mapping"),
     ],

@@ -64,6 +64,14 @@ def test_peak_above_the_cap_is_refused(facts):
         make_plan(EffOptions(budget="1KiB"), facts)
 
 
+def test_energy_that_nothing_counts_is_refused(facts):
+    blind = changed(facts, "hardware", energy_source="unavailable")
+    with pytest.raises(PlanError, match=r"limits energy and nothing here counts it; .* or give power_watts"):
+        make_plan(EffOptions(budget="0.5kWh"), blind)
+    make_plan(EffOptions(budget="0.5kWh", power_watts=200.0), blind)
+    make_plan(EffOptions(budget="0.5kWh"), changed(facts, "hardware", energy_source="rapl"))
+
+
 def test_memory_methods_hold_less_than_full_training(facts):
     large = tiny_config(
         layers=12, width=512, intermediate_size=2048, vocab_size=32000

@@ -33,7 +33,7 @@ COMMON = {
 def make(folder, cls=BudgetedTrainer, model=None, **options):
     named = {
         name: options.pop(name)
-        for name in ("train_dataset", "eval_dataset", "callbacks", "model_init", "optimizers")
+        for name in ("train_dataset", "eval_dataset", "callbacks", "model_init", "optimizers", "governor_objective")
         if name in options
     }
     named.setdefault("train_dataset", tokenised(tiny_pool(24)))
@@ -139,6 +139,38 @@ def test_observe_changes_no_bit(tmp_path):
     log = [json.loads(line) for line in (tmp_path / "watched" / "governor.jsonl").read_text().splitlines()]
     assert log[0]["kind"] == "header"
     assert any(record["kind"] == "decision" for record in log)
+
+
+def test_a_governor_may_watch_another_quantity_than_the_loss(tmp_path):
+    def hits(model, batch):
+        labels = batch["labels"][:, 1:]
+        right = model(**batch).logits[:, :-1].argmax(-1) == labels
+        return (right & (labels != -100)).sum(1).double()
+
+    trainer = make(
+        tmp_path,
+        governor="marginal_gain",
+        governor_mode="observe",
+        governor_kwargs={"num_examples": 8, "probe_share": 1.0},
+        governor_objective=hits,
+    )
+    trainer.train()
+    log = [json.loads(line) for line in (tmp_path / "governor.jsonl").read_text().splitlines()]
+    means = [record["telemetry"]["probe"]["mean"] for record in log if record["kind"] == "decision"]
+    assert means
+    assert all(float(mean * 8).is_integer() for mean in means)  # counts of eight rows, not nats
+    assert all(-16 <= mean <= 16 for mean in means)
+
+
+def test_estimated_energy_is_called_so(tmp_path):
+    trainer = make(tmp_path, budget="1kWh", power_watts=100.0)
+    trainer.train()
+    source = trainer.ledger.energy_source
+    kwh = trainer.report["currencies"]["kwh"]["measured"]
+    assert trainer.state.global_step == COMMON["max_steps"]
+    assert kwh > 0
+    label = "energy (estimated)" if source == "estimated" else "| energy |"
+    assert label in (tmp_path / "report.md").read_text()
 
 
 @pytest.fixture

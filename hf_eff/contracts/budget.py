@@ -71,6 +71,24 @@ class Budget:
         shares = [spent.get(currency, 0.0) / limit for currency, limit in self.limits.items() if currency != "bytes"]
         return min(1.0, max(shares, default=0.0))
 
+    def shares(self, spent: Mapping[str, float]) -> dict[str, float]:
+        """Spent part of each limit whose currency is among ``spent``; above 1 where a limit was passed.
+
+        >>> Budget.parse("2h, 100steps").shares({"seconds": 3600.0, "steps": 20.0})
+        {'seconds': 0.5, 'steps': 0.2}
+        """
+        return {currency: spent[currency] / limit for currency, limit in self.limits.items() if currency in spent}
+
+    def binding(self, spent: Mapping[str, float]) -> str | None:
+        """The additive currency with the largest share, the first of several; None without one.
+
+        >>> Budget.parse("2h, 100steps, 8GiB").binding({"seconds": 3600.0, "steps": 60.0, "bytes": 8e9})
+        'steps'
+        """
+        shares = {currency: spent.get(currency, 0.0) / limit for currency, limit in self.limits.items()}
+        shares.pop("bytes", None)
+        return max(shares, key=lambda currency: shares[currency], default=None)
+
     def first_passed(self, spent: Mapping[str, float], need: Mapping[str, float]) -> str | None:
         """The currency that spending ``need`` on top of ``spent`` would pass, or None."""
         for currency, limit in self.limits.items():

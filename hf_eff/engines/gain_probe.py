@@ -1,6 +1,7 @@
-"""Losses of a fixed held-out subset, compared example by example from one look at a model to the next.
+"""A held-out quantity of a fixed subset, compared example by example from one look at a model to the next.
 
-The same examples are read every time, so that what makes one example harder than another cancels::
+It is the loss unless another ``HeldOut`` is given. The same examples are read every time, so that what makes one
+example harder than another cancels::
 
     paired_delta = mean_j(before_j - now_j),   paired_se = sd_j(before_j - now_j) / sqrt(n)
 
@@ -23,9 +24,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from hf_eff.contracts.governor import ProbeReading
+from hf_eff.engines.held_out import HeldOut, HeldOutLoss
 from hf_eff.engines.pool_pass import token_batches
-from hf_eff.engines.scoring import model_example_losses, scoring_mode
-from hf_eff.errors import CheckpointError, DataError
+from hf_eff.engines.scoring import scoring_mode
+from hf_eff.errors import CheckpointError, DataError, OptionError
 from hf_eff.numerics.probe_size import affordable_examples
 from hf_eff.numerics.row_hash import hash_of_hashes, row_hash
 
@@ -42,7 +44,7 @@ def _alone(value: Any) -> list[Any]:
 
 @dataclass(eq=False)
 class GainProbe:
-    """Reads the loss of held-out examples without leaving a trace on the model or on any random state.
+    """Reads a quantity of held-out examples without leaving a trace on the model or on any random state.
 
     The subset is drawn once from ``seed`` and collated once, so that a collator that masks or truncates at random does
     so only once. Over several processes each one reads its share of the batches, the same number on every rank, and all
@@ -52,10 +54,11 @@ class GainProbe:
         rows: Held-out rows; ``rows[i]`` is a mapping that the collator accepts.
         collate: Turns a list of rows into a padded batch with ``labels``.
         is_causal_lm: Whether labels are shifted by one.
+        quantity: What is read; None for the loss.
         num_examples: Size of the subset; fewer when there are fewer rows or a reading would cost too much.
         seed: Decides the subset.
         batch_tokens: Upper bound of rows x longest row in one forward.
-        forward_flops: FLOPs of one forward of a [rows, length] block.
+        forward_flops: FLOPs of reading a [rows, length] block: one forward, unless the quantity takes more.
         max_flops: What a reading should cost at most; the subset shrinks for it, yet not below 16.
         rank, world_size: This process among those that call ``read`` together.
         gather: Returns the values that all ranks passed, in rank order.
@@ -69,6 +72,7 @@ class GainProbe:
     collate: InitVar[Callable[[list[Mapping[str, Any]]], Batch]]
     _: KW_ONLY
     is_causal_lm: bool
+    quantity: HeldOut | None = None
     num_examples: int = 128
     seed: int = 0
     batch_tokens: int = 8192
@@ -84,18 +88,21 @@ class GainProbe:
         """Draw and collate the subset, and price a reading."""
         if not len(rows):
             raise DataError("a probe needs held-out examples; pass an eval_dataset that is not empty.")
+        self._read = self.quantity or HeldOutLoss(is_causal_lm=self.is_causal_lm)
         chosen = random.Random(self.seed).sample(range(len(rows)), min(self.num_examples, len(rows)))
-        lengths = [len(rows[index]["input_ids"]) for index in chosen]
+        lengths = [self._read.length(rows[index]) for index in chosen]
         row_flops = sum(self.forward_flops(1, length) for length in lengths) / len(lengths)
         self.num_examples = affordable_examples(len(chosen), row_flops, self.max_flops)
         subset = [dict(rows[index]) for index in sorted(chosen[: self.num_examples])]
         self._digest = hash_of_hashes(row_hash(row) for row in subset)
-        batches = _share_evenly([len(row["input_ids"]) for row in subset], self.batch_tokens, self.world_size)
+        batch_tokens = 1 if self._read.one_by_one else self.batch_tokens
+        batches = _share_evenly([self._read.length(row) for row in subset], batch_tokens, self.world_size)
         with _seeded(self.seed):
             # A copy, because collators may carry a random state of their own that training goes on to use.
-            collated = _collate_all(copy.copy(collate), subset, batches)
+            collator = copy.copy(collate)
+            collated = [self._read.collated(collator, [dict(subset[i]) for i in batch.tolist()]) for batch in batches]
         self._mine = list(zip(batches, collated, strict=True))[self.rank :: self.world_size]
-        shapes = [_shape(batch) for batch in collated]
+        shapes = [self._read.shape(batch) for batch in collated]
         self.cost_flops = float(sum(self.forward_flops(*shape) for shape in shapes))
         self.cost_tokens = float(sum(height * length for height, length in shapes))
         self._baseline: np.ndarray | None = None
@@ -103,20 +110,20 @@ class GainProbe:
 
     @property
     def level(self) -> float | None:
-        """Loss now minus loss at the first reading, mean over examples; None before the first reading."""
+        """The quantity now minus at the first reading, mean over examples; None before the first reading."""
         if self._previous is None or self._baseline is None:
             return None
         return _mean_finite(self._previous - self._baseline)
 
     def read(self, model: nn.Module) -> ProbeReading:
-        """Losses of the subset under ``model``, compared with the previous reading.
+        """The quantity of the subset under ``model``, compared with the previous reading.
 
-        Examples whose loss is not finite, now or before, take no part.
+        Examples whose value is not finite, now or before, take no part.
 
         Args:
             model: The model, unwrapped unless the wrapper runs its forward collectively.
         """
-        now = self._losses(model)
+        now = self._values(model)
         finite = now[np.isfinite(now)]
         delta, error = (None, None) if self._previous is None else _paired(self._previous, now)
         self._baseline = now if self._baseline is None else self._baseline
@@ -125,12 +132,13 @@ class GainProbe:
             mean=float(finite.mean()) if finite.size else math.nan,
             paired_delta=delta,
             paired_se=error,
-            num_examples=int(finite.size),
+            num_examples=int(finite.size) if self._read.noise == "examples" else self.num_examples,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able losses of the first and of the latest reading; None stands for a loss that is not finite."""
+        """JSON-able values of the first and of the latest reading; None stands for one that is not finite."""
         return {
+            "quantity": self._read.name,
             "examples": self._digest,
             "baseline": _to_json(self._baseline),
             "previous": _to_json(self._previous),
@@ -140,8 +148,13 @@ class GainProbe:
         """Restore ``state_dict``.
 
         Raises:
-            CheckpointError: It was written for other held-out examples.
+            CheckpointError: It was written for other held-out examples or another quantity.
         """
+        if state.get("quantity", HeldOutLoss.name) != self._read.name:
+            raise CheckpointError(
+                f"the checkpoint's probes read {state.get('quantity', HeldOutLoss.name)!r} and this run reads "
+                f"{self._read.name!r}; resume with the same objective of the governor."
+            )
         if state["examples"] != self._digest:
             raise CheckpointError(
                 "the held-out examples differ from those that the checkpoint's probes were read on; resume with the "
@@ -150,21 +163,24 @@ class GainProbe:
         self._baseline = _from_json(state["baseline"])
         self._previous = _from_json(state["previous"])
 
-    def _losses(self, model: nn.Module) -> np.ndarray:
-        """[n] losses in the order of the subset, the same array on every rank."""
+    def _values(self, model: nn.Module) -> np.ndarray:
+        """[n] values in the order of the subset, the same array on every rank."""
         device = next(model.parameters()).device
-        found: list[tuple[list[int], list[float]]] = []
+        found: list[tuple[list[int], list[Any]]] = []
         # no_grad, not inference_mode: a buffer that the model rebuilds inside would be barred from training.
         with scoring_mode(model), torch.no_grad():
             for positions, batch in self._mine:
                 moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-                losses, _ = model_example_losses(model, moved, is_causal_lm=self.is_causal_lm)
-                found.append((positions.tolist(), losses.double().tolist()))
+                outputs = self._read.outputs(model, moved)
+                if len(outputs) != len(positions):
+                    raise OptionError(f"{self._read.name} gave {len(outputs)} values for {len(positions)} rows.")
+                found.append((positions.tolist(), outputs))
         _reshard(model)
-        all_losses = np.full(self.num_examples, np.nan)
-        for positions, losses in (pair for part in self.gather(found) for pair in part):
-            all_losses[positions] = losses
-        return all_losses
+        outputs_of_all: list[Any] = [None] * self.num_examples
+        for positions, outputs in (pair for part in self.gather(found) for pair in part):
+            for position, output in zip(positions, outputs, strict=True):
+                outputs_of_all[position] = output
+        return self._read.values(outputs_of_all)
 
 
 def _reshard(model: nn.Module) -> None:
@@ -185,17 +201,6 @@ def _share_evenly(lengths: list[int], batch_tokens: int, world_size: int) -> lis
     return batches + [batches[-1]] * (-len(batches) % world_size)
 
 
-def _collate_all(
-    collate: Callable[[list[Mapping[str, Any]]], Batch], subset: list[dict[str, Any]], batches: list[np.ndarray]
-) -> list[Batch]:
-    return [collate([dict(subset[position]) for position in batch.tolist()]) for batch in batches]
-
-
-def _shape(batch: Batch) -> tuple[int, int]:
-    rows, length = batch["input_ids"].shape
-    return int(rows), int(length)
-
-
 def _paired(before: np.ndarray, now: np.ndarray) -> tuple[float | None, float | None]:
     """Mean of before - now over examples finite in both, and its standard error; None where too few are left."""
     difference = before - now
@@ -212,12 +217,12 @@ def _mean_finite(values: np.ndarray) -> float:
     return float(finite.mean()) if finite.size else math.nan
 
 
-def _to_json(losses: np.ndarray | None) -> list[float | None] | None:
-    return None if losses is None else [value if math.isfinite(value) else None for value in losses.tolist()]
+def _to_json(values: np.ndarray | None) -> list[float | None] | None:
+    return None if values is None else [value if math.isfinite(value) else None for value in values.tolist()]
 
 
-def _from_json(losses: list[float | None] | None) -> np.ndarray | None:
-    return None if losses is None else np.array([math.nan if value is None else value for value in losses])
+def _from_json(values: list[float | None] | None) -> np.ndarray | None:
+    return None if values is None else np.array([math.nan if value is None else value for value in values])
 
 
 @contextmanager

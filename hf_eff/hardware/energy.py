@@ -1,4 +1,7 @@
-"""Energy from hardware counters: NVIDIA's management library or Intel's RAPL files. Never an estimate."""
+"""Energy from hardware counters: NVIDIA's management library, the package ``zeus``, or Intel's RAPL files.
+
+Without a counter there is no number, unless the caller brings an estimate, which is then marked as one.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,15 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+UNAVAILABLE, ESTIMATED = "unavailable", "estimated"
 _JOULES_PER_KWH = 3.6e6
 _POWERCAP = Path("/sys/class/powercap")
 _PACKAGE = re.compile(r"intel-rapl:\d+")  # whole packages; "intel-rapl:0:1" is a part of one
 
 
-class _Counter(Protocol):
+class EnergyCounter(Protocol):
     """A counter of energy that only grows."""
 
     def joules(self) -> float:
@@ -25,22 +29,25 @@ class EnergyMeter:
     """Energy that the devices of a run have used, in kWh.
 
     Attributes:
-        source: ``"nvml"`` (the accelerators this process may see), ``"rapl"`` (the CPU packages, all processes
-            included), or ``"unavailable"``.
+        source: ``"nvml"`` or ``"zeus"`` (the accelerators this process may see), ``"rapl"`` (the CPU packages, all
+            processes included), ``"estimated"`` or ``"unavailable"``.
     """
 
-    def __init__(self, powercap: Path = _POWERCAP) -> None:
+    def __init__(self, powercap: Path = _POWERCAP, *, estimate: EnergyCounter | None = None) -> None:
         """Find a counter.
 
         Args:
             powercap: Folder with the kernel's ``intel-rapl:N`` entries.
+            estimate: What to read where there is no counter, such as an ``EstimatedPower``; None for nothing.
         """
-        self.source = "unavailable"
-        self._counter: _Counter | None = None
+        self.source = UNAVAILABLE
+        self._counter: EnergyCounter | None = None
         self._start: float | None = None
-        sources: tuple[tuple[str, Callable[[], _Counter | None]], ...] = (
+        sources: tuple[tuple[str, Callable[[], EnergyCounter | None]], ...] = (
             ("nvml", _nvml_counter),
+            ("zeus", _zeus_counter),
             ("rapl", lambda: _rapl_counter(powercap)),
+            (ESTIMATED, lambda: estimate),
         )
         for name, find in sources:
             counter = find()
@@ -68,7 +75,7 @@ class EnergyMeter:
         try:
             return self._counter.joules()
         except Exception:  # noqa: BLE001 - drivers fail in their own ways, and a meter must not end a run
-            self.source, self._counter = "unavailable", None
+            self.source, self._counter = UNAVAILABLE, None
             return None
 
 
@@ -93,7 +100,7 @@ class _Rapl:
         return self._total / 1e6
 
 
-def _rapl_counter(powercap: Path) -> _Counter | None:
+def _rapl_counter(powercap: Path) -> EnergyCounter | None:
     """Counter over all CPU packages; None where the kernel has none or only root may read it."""
     try:
         folders = [folder for folder in sorted(powercap.iterdir()) if _PACKAGE.fullmatch(folder.name)]
@@ -119,7 +126,7 @@ class _Nvml:
         return (self._read() - self._start) / 1e3
 
 
-def _nvml_counter() -> _Counter | None:
+def _nvml_counter() -> EnergyCounter | None:
     """Counter over the visible NVIDIA devices; None without the package, a driver or a device that counts."""
     try:
         import pynvml
@@ -130,6 +137,38 @@ def _nvml_counter() -> _Counter | None:
         handles = _visible_handles(pynvml)
         return _Nvml(pynvml, handles) if handles else None
     except (pynvml.NVMLError, OSError, ValueError):
+        return None
+
+
+class _Zeus:
+    """Sum of the total-energy counters of the accelerators that ``zeus`` finds: NVIDIA's and AMD's."""
+
+    def __init__(self, devices: Any) -> None:
+        self._devices = devices
+        self._start = self._read()
+
+    def _read(self) -> int:
+        return sum(self._devices.get_total_energy_consumption(index) for index in range(len(self._devices)))
+
+    def joules(self) -> float:
+        """Energy since the counter was made."""
+        return (self._read() - self._start) / 1e3
+
+
+def _zeus_counter() -> EnergyCounter | None:
+    """Counter over the visible accelerators; None without ``zeus``, a driver or a device that counts.
+
+    CPUs are read from RAPL directly: ``zeus`` would start a process of its own for them.
+    """
+    try:
+        from zeus.device import get_gpus
+    except ImportError:
+        return None
+    try:
+        devices = get_gpus()
+        counts = [devices.supports_get_total_energy_consumption(index) for index in range(len(devices))]
+        return _Zeus(devices) if counts and all(counts) else None
+    except Exception:  # noqa: BLE001 - each maker's library fails in its own way, and no counter is no error
         return None
 
 

@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args
 
 from hf_eff.contracts.budget import Budget
 from hf_eff.errors import BudgetExceededError, CheckpointError, OptionError
-from hf_eff.hardware.energy import EnergyMeter
+from hf_eff.hardware.energy import ESTIMATED, UNAVAILABLE, EnergyMeter
+from hf_eff.hardware.estimated_power import EstimatedPower
 from hf_eff.hardware.probe import PeakMemory
 from hf_eff.units import format_amount
 
@@ -24,9 +25,10 @@ _SPENT = ("flops", "tokens", "steps")
 class Ledger:
     """Amounts spent since the first step of a run, resumes included.
 
-    Seconds are those inside ``clock``; energy is read from counters and money from seconds times a price, each absent
-    from ``spent()`` where it is unknown. Peak bytes are the process's (on a CPU) or the allocator's (on an
-    accelerator) since the ledger was made.
+    Seconds are those inside ``clock``; energy is read from counters, or estimated from a wattage where there are none
+    (``energy_source`` says so), and money is seconds times a price. Energy and money are absent from ``spent()`` where
+    they are unknown. Peak bytes are the process's (on a CPU) or the allocator's (on an accelerator) since the ledger
+    was made.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Ledger:
         budget: Budget | None = None,
         price_per_hour: float | None = None,
         *,
+        power_watts: float | None = None,
         energy: EnergyMeter | None = None,
         memory: PeakMemory | None = None,
     ) -> None:
@@ -42,6 +45,8 @@ class Ledger:
         Args:
             budget: Limits; None or empty for none.
             price_per_hour: USD per hour of the machine, or None when unknown.
+            power_watts: The machine's power at full load, to estimate energy from where nothing counts it; None for no
+                estimate.
             energy: Meter to read; None for one that finds its own counter.
             memory: Window to read the peak from; None for a new one that opens now.
         """
@@ -56,8 +61,10 @@ class Ledger:
         self._earlier_kwh: float | None = 0.0
         self._earlier_usd, self._earlier_seconds = 0.0, 0.0
         self._memory = memory or PeakMemory().start()
-        self._energy = energy or EnergyMeter()
+        estimate = None if power_watts is None else EstimatedPower(power_watts)
+        self._energy = energy or EnergyMeter(estimate=estimate)
         self._energy.start()
+        self._estimated_before = False
 
     # -- spending ---------------------------------------------------------------------------------------------------
 
@@ -131,6 +138,22 @@ class Ledger:
         """Spent part of the scarcest limit, in [0, 1]; 0 without one."""
         return self.budget.share(self._additive())
 
+    def shares(self) -> dict[str, float]:
+        """Spent part of each limit that can be read, in the order of the budget; memory by its peak."""
+        return self.budget.shares(self.spent())
+
+    def binding(self) -> str | None:
+        """The currency whose limit is the closest to being reached, peak memory aside; None without a limit."""
+        return self.budget.binding(self._additive())
+
+    @property
+    def energy_source(self) -> str:
+        """Where ``kwh`` comes from: a counter's name, ``"estimated"`` if any part of it is, or ``"unavailable"``."""
+        if self._earlier_kwh is None:
+            return UNAVAILABLE
+        known = self._energy.source != UNAVAILABLE
+        return ESTIMATED if known and self._estimated_before else self._energy.source
+
     def _additive(self) -> dict[str, float]:
         """Amounts that add up over time; cheaper than ``spent``, which asks the system for the peak."""
         self._settle()
@@ -150,12 +173,16 @@ class Ledger:
     def need_fits(self, need: Mapping[str, float]) -> str | None:
         """The currency whose limit spending ``need`` would pass, or None when all of it fits.
 
+        A limit on energy that can no longer be read counts as passed: it could not be kept.
+
         Args:
             need: Amounts by currency. ``seconds`` also counts as money at the ledger's price.
         """
         if not self.budget:
             return None
         spent = self.spent() if "bytes" in self.budget.limits else self._additive()
+        if "kwh" in self.budget.limits and "kwh" not in spent:
+            return "kwh"
         if self.price_per_hour is not None and "seconds" in need and "usd" not in need:
             need = {**need, "usd": need["seconds"] / 3600.0 * self.price_per_hour}
         return self.budget.first_passed(spent, need)
@@ -190,6 +217,7 @@ class Ledger:
             "seconds": dict(self._seconds),
             "peak_bytes": int(spent["bytes"]),
             "kwh": spent.get("kwh"),
+            "energy_source": self.energy_source,
             "usd": spent.get("usd", self._earlier_usd),
         }
 
@@ -209,6 +237,7 @@ class Ledger:
             raise CheckpointError(f"the ledger's saved state is incomplete: {error!r}.") from error
         self._counts, self._totals, self._seconds = counts, totals, seconds
         self._earlier_kwh = None if kwh is None else float(kwh)
+        self._estimated_before = state.get("energy_source") == ESTIMATED
         self._earlier_usd, self._earlier_seconds = usd, math.fsum(seconds.values())
         self._memory.raise_to(peak)
         self._energy.start()

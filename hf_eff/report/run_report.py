@@ -71,9 +71,9 @@ def costs_table(report: Mapping[str, Any]) -> str:
     rows = []
     for name, row in report["currencies"].items():
         limit = "none" if row["limit"] is None else format_amount(name, row["limit"])
-        rows.append((_LABELS[name], *_pair(name, row), limit, _percent(row["share"])))
+        rows.append((_label(name, report), *_pair(name, row), limit, _percent(row["share"])))
     for name, row in report["per_step"].items():
-        rows.append((f"{_LABELS[name]} a step", *_pair(name, row), "", ""))
+        rows.append((f"{_label(name, report)} a step", *_pair(name, row), "", ""))
     return table(["Resource", "Predicted", "Measured", "Measured / predicted", "Limit", "Of the limit"], rows)
 
 
@@ -90,6 +90,12 @@ def pictures(figures: Sequence[str]) -> list[str]:
 
 def _stem(name: str) -> str:
     return Path(name).stem.replace("_", " ").replace("[", "").replace("]", "")
+
+
+def _label(name: str, report: Mapping[str, Any]) -> str:
+    """A currency's name; energy that no counter gave says so."""
+    estimated = name == "kwh" and report.get("environment", {}).get("energy") == "estimated"
+    return f"{_LABELS[name]} (estimated)" if estimated else _LABELS[name]
 
 
 def _rescues(report: Mapping[str, Any]) -> list[str]:
