@@ -37,7 +37,7 @@ CAP_METHOD, CAP_BATCH = "lora_8", 4
 SWEEP_SEED = 100
 METHODS: dict[str, tuple[str, dict[str, Any], tuple[float, float, float]]] = {
     "full": ("full", {}, (1e-5, 5e-5, 2e-4)),
-    "badam": ("badam", {"switch_every": 6, "layers_per_block": 5}, (5e-5, 2e-4, 8e-4)),
+    "badam": ("badam", {"switch_every": 3, "layers_per_block": 5}, (5e-5, 2e-4, 8e-4)),
     "hift": ("hift", {"layers_per_group": 5}, (5e-5, 2e-4, 8e-4)),
     "lisa": ("lisa", {"switch_every": 3}, (1e-5, 5e-5, 2e-4)),
     "lora_8": ("lora", {"r": 8, "alpha": 16}, (2e-4, 8e-4, 3e-3)),
