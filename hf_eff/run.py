@@ -86,11 +86,8 @@ class BudgetedRun:
         self.memory = memory
         self.directory = directory
         self.ranks = Ranks()
-        self.ledger = Ledger(
-            plan.resolved.budget,
-            plan.resolved.options.price_per_hour,
-            power_watts=plan.resolved.options.power_watts,
-        )
+        options = plan.resolved.options
+        self.ledger = Ledger(plan.resolved.budget, options.price_per_hour, power_watts=options.power_watts)
         self.reserve = StepReserve()
         self.rescue = Rescue(plan, memory, model, self._charge_again)
         self.supervisor: Supervisor | None = None

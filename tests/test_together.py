@@ -15,7 +15,7 @@ from hf_eff.testing.tiny import collator, tiny_model, tiny_pool, tiny_target, ti
 from hf_eff.testing.trial import AMPLE
 
 STEPS = 4
-PARTNERS = 4
+PARTNERS = 7
 SPECS = {kind: [get_method(kind, name) for name in list_methods(kind)] for kind in KINDS}
 MEMORY = [spec for spec in SPECS["memory"] if not spec.traits.needs_accelerator or device_name() != "cpu"]
 
