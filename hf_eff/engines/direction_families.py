@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hf_eff.engines.directions import DirectionFamily, Gaussian, Piece, Rademacher
+from hf_eff.engines.directions import DirectionFamily, Gaussian, Rademacher
 from hf_eff.engines.low_rank_directions import LowRank
 from hf_eff.engines.sparse_directions import SparseGaussian
 from hf_eff.engines.subspace_directions import Subspace
@@ -26,18 +25,14 @@ class BoxMuller(Gaussian):
     A pair takes a radius of 31 bits (entries up to 6.5) and an angle of 16 bits.
     """
 
-    def _pieces(self, key: int, count: int, device: torch.device) -> Iterator[Piece]:
-        yield Piece(0, count, partial(self._pairs, key, count))
-
-    @staticmethod
-    def _pairs(key: int, count: int) -> Tensor:
+    def _entries(self, key: int, count: int, device: torch.device) -> Iterator[Tensor]:
         pairs = (count + 1) // 2
         words = np.random.SFC64(key % 2**64).random_raw(-(-3 * pairs // 4))
         raw = torch.from_numpy(words.view(np.int32))
         radius = raw[:pairs].bitwise_or_(1).float()  # odd, hence never zero
         radius.abs_().mul_(2.0**-31).log_().mul_(-2.0).sqrt_()
         angle = raw[pairs:].view(torch.int16)[:pairs].float().mul_(math.pi * 2.0**-15)
-        return torch.stack([torch.cos(angle), torch.sin(angle)]).mul_(radius).view(-1)[:count]
+        yield torch.stack([torch.cos(angle), torch.sin(angle)]).mul_(radius).view(-1)[:count]
 
     def _rng(self, device: torch.device) -> str:
         return _BOX_MULLER if device.type == "cpu" else super()._rng(device)

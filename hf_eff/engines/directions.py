@@ -10,24 +10,22 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from threading import get_ident
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hf_eff.engines.piece_workers import run_pieces
 from hf_eff.numerics.keyed_random import make_key, random_words
 
 CHUNK = 2**20
 """Entries that have a stream of their own. Other sizes give other directions."""
 
 _PIECE = 2**17
-"""Entries that one thread makes at a time, in scratch memory that stays in its cache."""
+"""Entries at a time: the scratch memory stays in a core's cache. Other sizes give the same directions."""
 
 _BINS = 2**16
 _SIGN = -(2**31)
@@ -50,21 +48,6 @@ class Shard:
     def offset(self) -> int:
         """Entries of the whole parameter before the first one held."""
         return self.first * math.prod(self.shape[1:])
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Entries of a chunk that are made at once.
-
-    Attributes:
-        begin: Index of the first one in the chunk.
-        count: How many.
-        make: Makes them, [count] fp32; valid until the same thread makes others.
-    """
-
-    begin: int
-    count: int
-    make: Callable[[], Tensor]
 
 
 class DirectionFamily(ABC):
@@ -148,7 +131,7 @@ class StreamedDirections(DirectionFamily):
             raise ValueError(f"chunk must be a positive multiple of 64, got {chunk}")
         super().__init__(seed)
         self.chunk = chunk
-        self._buffers: dict[tuple[int, torch.device, str, torch.dtype], Tensor] = {}
+        self._buffers: dict[tuple[torch.device, str], Tensor] = {}
 
     @classmethod
     def from_description(cls, seed: int, described: Mapping[str, Any]) -> StreamedDirections:
@@ -173,57 +156,51 @@ class StreamedDirections(DirectionFamily):
             total = torch.empty_like(out, memory_format=torch.contiguous_format)
             return out.copy_(self.add_(total, name, step, scale, base=base.contiguous(), draw=draw, at=at.contiguous()))
         target, source, weights = out.view(-1), base.view(-1), at.view(-1)
-
-        def add(piece: Piece, held: slice, inside: slice) -> None:
-            entries = self._masked(piece.make()[inside], name, weights[held])
-            torch.add(source[held], entries, alpha=scale, out=target[held])
-
-        parts = self._parts(self.place(name, out), target.numel(), self._key_of(name, step, draw), out.device)
-        run_pieces((partial(add, *part) for part in parts), out.device)
+        for part, entries in self._parts(self.place(name, out), target.numel(), name, step, draw, out.device):
+            kept = self._masked(entries, name, weights[part])
+            torch.add(source[part], kept, alpha=scale, out=target[part])
         return out
 
-    def _key_of(self, name: str, step: int, draw: int) -> Callable[[int], int]:
-        return lambda chunk: self.key(name, step, draw, chunk)
-
     def _parts(
-        self, place: Shard, count: int, key: Callable[[int], int], device: torch.device
-    ) -> Iterator[tuple[Piece, slice, slice]]:
-        """Pieces of z that meet the ``count`` entries held.
+        self, place: Shard, count: int, name: str, step: int, draw: int, device: torch.device
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Pieces of z over the ``count`` entries held.
 
         Yields:
-            The piece, where it goes in the entries held, and which of its own entries go there.
+            Where in these entries the piece goes, and the piece.
         """
         total, first = math.prod(place.shape), place.offset
         for index in range(first // self.chunk, -(-(first + count) // self.chunk)):
-            start = index * self.chunk
-            for piece in self._pieces(key(index), min(self.chunk, total - start), device):
-                begin = start + piece.begin
-                low, high = max(begin, first), min(begin + piece.count, first + count)
+            begin = index * self.chunk
+            pieces = self._entries(self.key(name, step, draw, index), min(self.chunk, total - begin), device)
+            for entries in pieces:
+                end = begin + entries.numel()
+                low, high = max(begin, first), min(end, first + count)
                 if low < high:
-                    yield piece, slice(low - first, high - first), slice(low - begin, high - begin)
+                    yield slice(low - first, high - first), entries[low - begin : high - begin]
+                begin = end
 
     def describe(self, device: torch.device) -> dict[str, Any]:
         """Name, chunk and random number generator."""
         return {"name": self.name, "chunk": self.chunk, "rng": self._rng(device)}
 
     def _masked(self, entries: Tensor, name: str, weights: Tensor) -> Tensor:
-        """The entries, which may be changed, without those that the weights exclude."""
+        """The entries, without those that the weights exclude."""
         return entries
 
     @abstractmethod
-    def _pieces(self, key: int, count: int, device: torch.device) -> Iterator[Piece]:
-        """[count] fp32 entries of mean 0 and variance 1, in pieces that follow each other."""
+    def _entries(self, key: int, count: int, device: torch.device) -> Iterator[Tensor]:
+        """[count] fp32 entries of mean 0 and variance 1, in pieces; each is valid until the next is asked for."""
 
     @abstractmethod
     def _rng(self, device: torch.device) -> str:
         """Identifier of the generator on this kind of device."""
 
-    def scratch(self, role: str, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """[count] scratch memory, reused by this thread from piece to piece."""
-        kind = get_ident(), device, role, dtype
-        held = self._buffers.get(kind)
+    def _buffer(self, role: str, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """[count] scratch memory, reused from piece to piece."""
+        held = self._buffers.get((device, role))
         if held is None or held.numel() < count:
-            held = self._buffers[kind] = torch.empty(count, dtype=dtype, device=device)
+            held = self._buffers[device, role] = torch.empty(count, dtype=dtype, device=device)
         return held[:count]
 
 
@@ -235,22 +212,17 @@ class Rademacher(StreamedDirections):
 
     name = "rademacher"
 
-    def _pieces(self, key: int, count: int, device: torch.device) -> Iterator[Piece]:
+    def _entries(self, key: int, count: int, device: torch.device) -> Iterator[Tensor]:
         num_words = 2 * -(-count // 64)
         words = random_words(torch.tensor([key], device=device), num_words // 2)[0].view(torch.int32)
         rows = min(32, max(1, _PIECE // num_words))
         for first in range(0, 32, rows):
-            begin = first * num_words
-            size = min(count - begin, min(rows, 32 - first) * num_words)
-            if size > 0:
-                yield Piece(begin, size, partial(self._signs, words, _shifts(device)[first : first + rows], size))
-
-    def _signs(self, words: Tensor, shifts: Tensor, count: int) -> Tensor:
-        """[count] signs; row k moves bit 31 - k of every word to the place of the sign and overwrites the rest."""
-        bits = self.scratch("signs", len(shifts) * len(words), words.device, torch.int32).view(-1, len(words))
-        torch.bitwise_left_shift(words, shifts, out=bits)
-        bits.bitwise_and_(_SIGN).bitwise_or_(_ONE)
-        return bits.view(torch.float32).view(-1)[:count]
+            # Row k moves bit 31 - k of every word to the place of the sign; the rest is overwritten with 1.0.
+            shifts = _shifts(device)[first : first + rows]
+            bits = self._buffer("signs", len(shifts) * num_words, device, torch.int32).view(-1, num_words)
+            torch.bitwise_left_shift(words, shifts, out=bits)
+            bits.bitwise_and_(_SIGN).bitwise_or_(_ONE)
+            yield bits.view(torch.float32).view(-1)[: max(0, count - first * num_words)]
 
     def _rng(self, device: torch.device) -> str:
         return "splitmix64"
@@ -266,24 +238,18 @@ class Gaussian(StreamedDirections):
 
     name = "gaussian"
 
-    def _pieces(self, key: int, count: int, device: torch.device) -> Iterator[Piece]:
+    def _entries(self, key: int, count: int, device: torch.device) -> Iterator[Tensor]:
         if device.type != "cpu":
-            yield Piece(0, count, partial(self._by_device, key, count, device))
+            generator = torch.Generator(device=device).manual_seed(key)
+            yield self._buffer("entries", count, device, torch.float32).normal_(generator=generator)
             return
-        raw = torch.from_numpy(np.random.SFC64(key % 2**64).random_raw(-(-count // 4)).view(np.int16))[:count]
-        for begin in range(0, count, _PIECE):
-            words = raw[begin : begin + _PIECE]
-            yield Piece(begin, len(words), partial(self._by_table, words))
-
-    def _by_device(self, key: int, count: int, device: torch.device) -> Tensor:
-        generator = torch.Generator(device=device).manual_seed(key)
-        return self.scratch("entries", count, device, torch.float32).normal_(generator=generator)
-
-    def _by_table(self, words: Tensor) -> Tensor:
-        index = self.scratch("index", len(words), words.device, torch.int32)
-        index.copy_(words).add_(_BINS // 2)
-        entries = self.scratch("entries", len(words), words.device, torch.float32)
-        return torch.index_select(_quantiles(), 0, index, out=entries)
+        words, table = np.random.SFC64(key % 2**64), _quantiles()
+        for first in range(0, count, _PIECE):
+            size = min(_PIECE, count - first)
+            raw = torch.from_numpy(words.random_raw(-(-size // 4)).view(np.int16))[:size]
+            index = self._buffer("index", size, device, torch.int32)
+            entries = self._buffer("entries", size, device, torch.float32)
+            yield torch.index_select(table, 0, index.copy_(raw).add_(_BINS // 2), out=entries)
 
     def _rng(self, device: torch.device) -> str:
         return "sfc64 + quantiles" if device.type == "cpu" else f"torch.Generator({device.type}).normal_"

@@ -64,7 +64,6 @@ class EphemeralWeights:
         self.parameters = dict(parameters)
         self._owners = _owners(model, self.parameters)
         self._resident = _read_elsewhere(model, self._owners, self.parameters)
-        self._spare: Tensor | None = None
         self._watched = False
         self.holds = False
 
@@ -72,17 +71,6 @@ class EphemeralWeights:
     def resident(self) -> frozenset[str]:
         """Names that are replaced for a whole evaluation instead of their module's forward."""
         return frozenset(self._resident)
-
-    def empty_like(self, stored: Tensor) -> Tensor:
-        """Memory for a replacement: that of one put back earlier in the evaluation, where it is large enough.
-
-        Fresh memory costs more than the numbers that go into it: the kernel hands it out page by page.
-        """
-        spare, self._spare = self._spare, None
-        fits = spare is not None and spare.numel() >= stored.numel()
-        if spare is None or not fits or spare.dtype != stored.dtype or spare.device != stored.device:
-            return torch.empty_like(stored)
-        return spare[: stored.numel()].view(stored.shape)
 
     def evaluate(self, value: Callable[[str, Tensor], Tensor], function: Callable[[], Result]) -> Result:
         """Call ``function`` with every parameter replaced by ``value(name, stored tensor)``.
@@ -132,14 +120,10 @@ class EphemeralWeights:
                         stored[name] = parameter.data
                         parameter.data = replacement
 
-        def put_back(names: Collection[str], output: Any = None) -> None:
-            used = _memory_of(output)
+        def put_back(names: Collection[str]) -> None:
             for name in names:
                 if name in stored:
-                    replacement = self.parameters[name].data
                     self.parameters[name].data = stored.pop(name)
-                    if replacement.untyped_storage().data_ptr() not in used:
-                        self._spare = _larger(self._spare, replacement)
             # Autocast keeps 16-bit copies of weights by identity: stale once the weight is another one.
             torch.clear_autocast_cache()
 
@@ -152,27 +136,13 @@ class EphemeralWeights:
             for handle in handles:
                 handle.remove()
             put_back(list(stored))
-            self._spare = None
-
-
-def _memory_of(output: Any) -> set[int]:
-    """Memory that a module's result lies in: a module may return its parameter, or a part of it."""
-    tensors = [each for each in tree_iter(output) if isinstance(each, Tensor) and each.layout == torch.strided]
-    return {each.untyped_storage().data_ptr() for each in tensors}
-
-
-def _larger(spare: Tensor | None, replacement: Tensor) -> Tensor:
-    """The larger of two pieces of memory, flat."""
-    storage = replacement.untyped_storage()
-    flat = replacement.new_empty(0).set_(storage, 0, (storage.nbytes() // replacement.element_size(),), (1,))
-    return flat if spare is None or spare.nbytes < flat.nbytes else spare
 
 
 def _hook(
     module: nn.Module,
     names: Collection[str],
     enter: Callable[[Collection[str]], None],
-    leave: Callable[[Collection[str], Any], None],
+    leave: Callable[[Collection[str]], None],
     *,
     stays: bool,
 ) -> list[torch.utils.hooks.RemovableHandle]:
@@ -181,7 +151,7 @@ def _hook(
     before = module.register_forward_pre_hook(lambda *_: enter(names))
     if stays:
         return [before]
-    after = module.register_forward_hook(lambda _module, _inputs, output: leave(names, output), always_call=True)
+    after = module.register_forward_hook(lambda *_: leave(names), always_call=True)
     return [before, after]
 
 

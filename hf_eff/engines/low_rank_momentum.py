@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_eff.engines.directions import DirectionFamily
 from hf_eff.engines.low_rank_directions import LowRank
-from hf_eff.engines.piece_workers import one_thread
+from hf_eff.engines.matrix_directions import one_thread
 from hf_eff.engines.replay_log import StepRecord
 from hf_eff.engines.update_rules import Groups, State, UpdateRule
 from hf_eff.engines.zeroth_order import move

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_eff.engines.directions import DirectionFamily, Gaussian, Shard
-from hf_eff.engines.piece_workers import run_pieces
 
 Shape = tuple[int, int]
 
 _PIECE = 2**18
-"""Entries of a product that one thread makes at a time."""
+"""Entries of a product at a time."""
 
 
 class MatrixDirections(DirectionFamily):
@@ -78,16 +78,14 @@ class MatrixDirections(DirectionFamily):
         target, source = out.view(-1), base.view(-1)
         width, first = len(right), self.place(name, out).offset
         height, end = max(1, _PIECE // width), first + out.numel()
-
-        def add(row: int) -> None:
+        scratch = left.new_empty(min(height, len(left)), width)
+        for row in range(first // width, -(-end // width), height):
             part = left[row : row + height]
-            product = self.dense.scratch("product", len(part) * width, part.device, part.dtype)
-            torch.mm(part, right.t(), out=product.view(-1, width))
+            with one_thread():
+                product = torch.mm(part, right.t(), out=scratch[: len(part)]).view(-1)
             low, high = max(first, row * width), min(end, row * width + product.numel())
             held, inside = slice(low - first, high - first), slice(low - row * width, high - row * width)
             torch.add(source[held], product[inside], alpha=scale, out=target[held])
-
-        run_pieces((partial(add, row) for row in range(first // width, -(-end // width), height)), out.device)
         return out
 
     def matrix_shape(self, name: str, part: Tensor) -> Shape | None:
@@ -114,3 +112,14 @@ class MatrixDirections(DirectionFamily):
         self, name: str, step: int, draw: int, shape: Shape, device: torch.device
     ) -> tuple[Tensor, Tensor, float]:
         """[m, r] left, [n, r] right and the gain of their product."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch multiplies matrices on one thread: on several, the last bits depend on their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -45,10 +45,6 @@ class ShardedWeights:
         self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._owned, self._resident = _owned(model, self.parameters)
 
-    def empty_like(self, stored: Tensor) -> Tensor:
-        """Memory for what replaces this process's part."""
-        return torch.empty_like(stored)
-
     def evaluate(self, value: Value, function: Callable[[], Result]) -> Result:
         """Call ``function`` with every parameter replaced by ``value(name, this process's part)``.
 

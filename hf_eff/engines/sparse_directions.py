@@ -45,7 +45,7 @@ class SparseGaussian(Gaussian):
 
     def _masked(self, entries: Tensor, name: str, weights: Tensor) -> Tensor:
         limit = self.thresholds.get(name, math.inf)
-        return entries if limit == math.inf else entries.mul_(weights.abs().le_(limit))
+        return entries if limit == math.inf else entries.masked_fill(weights.abs() > limit, 0.0)
 
 
 def thresholds_of(parameters: Mapping[str, Tensor], density: float) -> dict[str, float]:

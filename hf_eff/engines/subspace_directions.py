@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_eff.engines.directions import Shard
-from hf_eff.engines.matrix_directions import MatrixDirections, Shape
-from hf_eff.engines.piece_workers import one_thread
+from hf_eff.engines.matrix_directions import MatrixDirections, Shape, one_thread
 from hf_eff.numerics.subspace_matrices import CACHE_BYTES, RESHAPE_BELOW, squared
 
 

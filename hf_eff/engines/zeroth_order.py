@@ -35,9 +35,6 @@ class Evaluates(Protocol):
 
     parameters: dict[str, nn.Parameter]
 
-    def empty_like(self, stored: Tensor) -> Tensor:
-        """Memory for what replaces ``stored``."""
-
     def evaluate(self, value: Callable[[str, Tensor], Tensor], function: Callable[[], Tensor]) -> Tensor:
         """Call ``function`` with every parameter replaced by ``value(name, stored tensor)``."""
 
@@ -98,7 +95,7 @@ def loss_along(
             return _wide(loss())
 
     def perturbed(name: str, stored: Tensor) -> Tensor:
-        return family.add_(weights.empty_like(stored), name, step, scale, base=stored, draw=draw)
+        return family.add_(torch.empty_like(stored), name, step, scale, base=stored, draw=draw)
 
     return weights.evaluate(perturbed, repeatable_loss) if scale else repeatable_loss()
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from hf_eff.engines.zeroth_order_optimizer import ZerothOrderOptimizer
 
 SCRATCH_BYTES = 3 * 2**20
-"""What one thread works in while it makes a piece of a direction."""
+"""Random numbers of one piece, while they are drawn."""
 
 CLIP_WINDOW = 64
 """Steps whose median |c| bounds the next one."""
@@ -298,7 +298,7 @@ def zeroth_order_cost(config: ZerothOrderConfig, facts: Facts, held_bytes: float
         gradient_params=0,
         optimizer_params=0,
         saves_activations=False,
-        transient_bytes=_transient_bytes(facts) + held_bytes,
+        transient_bytes=_transient_bytes(facts.model) + held_bytes,
     )
     return Cost(step_flops=forwards * forward_flops(facts.model, planned_shape(facts)), bytes=terms)
 
@@ -317,14 +317,12 @@ def matrix_shapes(model: ModelFacts, part: TrainableFacts) -> list[tuple[int, in
     return table + projected_shapes(model, part)
 
 
-def _transient_bytes(facts: Facts) -> float:
+def _transient_bytes(model: ModelFacts) -> float:
     """Copies of what is perturbed at one time, or of one bf16 parameter in fp32 during its update."""
-    model = facts.model
     part = model.trainable or everything_trains(model)
     head = max(part.head_matmul_params, model.embedding_params if part.lowest_block < 0 else 0)
     layer = model.hidden_size * max(model.intermediate_size, model.hidden_size)
     trained = float(part.params)
     probe = model.param_bytes * min(trained, head + layer)
     widened = 4.0 * min(trained, max(head, layer)) if model.param_bytes < 4 else 0.0
-    threads = max(1, facts.hardware.cores) if facts.hardware.device == "cpu" else 2
-    return max(probe, widened) + threads * SCRATCH_BYTES
+    return max(probe, widened) + SCRATCH_BYTES
