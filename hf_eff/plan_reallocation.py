@@ -54,11 +54,14 @@ def planned_window(resolved: ResolvedOptions, steps: int | None) -> int | None:
 
 def keeps_best(resolved: ResolvedOptions, facts: Facts) -> bool:
     """Whether the weights of the best probe are kept, to be put back when the loss rises."""
+    differentiates = all(chosen.spec.traits.needs_backward for chosen in resolved.memory)
+    return _wants_best(resolved) and differentiates and facts.hardware.backend in _WHOLE_MODEL
+
+
+def _wants_best(resolved: ResolvedOptions) -> bool:
     governor = resolved.governor
     wanted = resolved.options.governor_mode == "act" and bool(getattr(governor.config, "restore_best", False))
-    differentiates = all(chosen.spec.traits.needs_backward for chosen in resolved.memory)
-    whole = facts.hardware.backend in _WHOLE_MODEL
-    return wanted and governor.spec.traits.needs_reference_set and differentiates and whole
+    return wanted and governor.spec.traits.needs_reference_set
 
 
 def refuse_reallocation(resolved: ResolvedOptions, facts: Facts) -> None:
@@ -120,5 +123,10 @@ def reallocation_notes(resolved: ResolvedOptions, facts: Facts, steps: int | Non
         notes.append(
             f"the trained weights, {format_bytes(size)}, are written into the output folder at each probe that is the "
             "best so far, and removed at the end; restore_best=False writes none."
+        )
+    if _wants_best(resolved) and not keeps_best(resolved, facts):
+        notes.append(
+            "the weights of the best probe are not kept without a backward pass or with a model in pieces: a stop "
+            "for a rising loss leaves the last ones."
         )
     return notes

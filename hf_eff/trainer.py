@@ -98,10 +98,20 @@ class BudgetedTrainerMixin(_Parent):
             self.memory_stack = MemoryStack(self._resolved.memory)
             self.selection_stage = SelectionStage(self._resolved)
             self._prepare_given(given)
+        self._expect_watched_objective()
         super().__init__(**given)
         if self._resolved is not None:
             self.add_callback(_RunCallback(self))
             self.plan = self._make_plan(self.model, self.train_dataset, self.eval_dataset, self.args)
+
+    def _expect_watched_objective(self) -> None:
+        """Refuse a quantity to watch that nothing would watch."""
+        watched = self._resolved is not None and self._resolved.governor.spec.traits.needs_reference_set
+        if self._governor_objective is not None and not watched:
+            raise PlanError(
+                "governor_objective is given and the governor reads no held-out rows; set governor=..., such as "
+                "'marginal_gain', or leave governor_objective out."
+            )
 
     def _prepare_given(self, given: dict[str, Any]) -> None:
         """Refuse what cannot work and change the model, before the parent is built."""

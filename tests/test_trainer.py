@@ -162,6 +162,12 @@ def test_a_governor_may_watch_another_quantity_than_the_loss(tmp_path):
     assert all(-16 <= mean <= 16 for mean in means)
 
 
+def test_a_quantity_that_no_governor_watches_is_refused(tmp_path):
+    for options in ({}, {"budget": "1Tflop"}):
+        with pytest.raises(PlanError, match="governor_objective is given and the governor reads no held-out rows"):
+            make(tmp_path, governor_objective=lambda model, batch: 0.0, **options)
+
+
 def test_estimated_energy_is_called_so(tmp_path):
     trainer = make(tmp_path, budget="1kWh", power_watts=100.0)
     trainer.train()
