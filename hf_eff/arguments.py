@@ -162,6 +162,7 @@ def run_facts(args: TrainingArguments, trainer: str = "trainer", *, custom_optim
         checkpointing=bool(checkpointing),
         packing=bool(getattr(args, "packing", False)),
         padding_free=bool(getattr(args, "padding_free", False)),
+        by_length=_sorts_by_length(args),
         fp16=bool(args.fp16),
         bf16=bool(args.bf16),
         max_grad_norm=float(args.max_grad_norm),
@@ -178,6 +179,11 @@ def run_facts(args: TrainingArguments, trainer: str = "trainer", *, custom_optim
         price_per_hour=options.price_per_hour,
         ddp_find_unused_parameters=args.ddp_find_unused_parameters,
     )
+
+
+def _sorts_by_length(args: TrainingArguments) -> bool:
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    return strategy == "group_by_length" or bool(getattr(args, "group_by_length", False))
 
 
 def _targets(modules: Any) -> str | tuple[str, ...]:

@@ -16,6 +16,7 @@ from hf_eff.numerics.optim_rules import optim_problem, optim_warning
 from hf_eff.numerics.payback import PayBack
 from hf_eff.options import Chosen, EffOptions, ResolvedOptions, choose, resolve_options
 from hf_eff.plan_memory import Rung, memory_cost, planned_ladder
+from hf_eff.plan_probes import probe_note
 from hf_eff.plan_reallocation import planned_window, reallocation_notes, refuse_reallocation
 from hf_eff.plan_table import payback_facts, plan_lines
 from hf_eff.units import format_amount, format_bytes
@@ -474,6 +475,8 @@ def _warnings(plan: Plan) -> list[str]:
         if not chosen.spec.traits.max_grad_norm and facts.run.max_grad_norm > 0:
             found.append(f"{chosen.spec.address} does not apply max_grad_norm={facts.run.max_grad_norm:g}.")
     found += reallocation_notes(resolved, plan.training_facts, plan.stop_step)
+    unpaid = probe_note(resolved, plan.training_facts, plan.flops["probe"])
+    found += [unpaid] if unpaid is not None else []
     undone = optim_warning(facts.run)
     found += [undone] if undone is not None else []
     if not facts.model.exact_flops:

@@ -134,6 +134,8 @@ class PoolFacts:
     mean_reference_tokens: float = 0.0
     columns: tuple[str, ...] = ()
     streaming: bool = False
+    length_quantiles: tuple[float, ...] = ()
+    """Lengths of rows at evenly spaced probabilities, ascending; empty when only their mean is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +179,8 @@ class RunFacts:
     """Whether what autograd keeps waits in host memory instead of the accelerator's."""
     packing: bool = False
     padding_free: bool = False
+    by_length: bool = False
+    """Whether rows of a batch are of similar length."""
     fp16: bool = False
     bf16: bool = False
     max_grad_norm: float = 1.0

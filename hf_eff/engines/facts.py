@@ -35,6 +35,7 @@ from hf_eff.hardware.memory_meter import storage_bytes, weight_tensors
 BYTES_PER_TOKEN = 4.0
 """Rule of thumb for text that is not tokenised yet; English with a vocabulary of 32k or more."""
 _SAMPLE_ROWS = 2000
+_QUANTILES = 100
 
 __all__ = [
     "batch_shape",
@@ -325,7 +326,14 @@ def pool_facts(dataset: Any, reference: Any = None) -> PoolFacts:
         mean_reference_tokens=sum(targets) / len(targets) if targets else 0.0,
         columns=_columns(dataset),
         streaming=dataset is not None and _num_rows(dataset) is None,
+        length_quantiles=_quantiles(sorted(lengths)),
     )
+
+
+def _quantiles(ascending: list[float]) -> tuple[float, ...]:
+    """At most ``_QUANTILES`` of the values, evenly spaced; all of them where they are few."""
+    count = min(len(ascending), _QUANTILES)
+    return tuple(ascending[int((index + 0.5) * len(ascending) / count)] for index in range(count))
 
 
 def _num_rows(dataset: Any) -> int | None:

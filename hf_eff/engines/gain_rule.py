@@ -72,6 +72,11 @@ class GainConfig(MethodConfig):
                     f"got {self.actions!r}.{hint}"
                 )
 
+    @property
+    def fewest_probes(self) -> int:
+        """Probes before which nothing is decided."""
+        return FEWEST_PROBES
+
     def probe_allowance(self, compute: float) -> float:
         """Cost of a probe at which the purse pays for one every ``WIDEST_GAP`` of a run of ``compute``.
 
@@ -104,8 +109,9 @@ class GainRule(Governor):
 
     def next_probe(self, telemetry: Telemetry, probe_cost: float) -> bool:
         """Geometric spacing in compute, as far as the purse allows."""
-        options, limit = self.config, telemetry.compute_limit
-        if not math.isfinite(limit) or not purse_allows(telemetry, probe_cost, options.probe_share):
+        options, limit = self.config, self._end(telemetry)
+        within = replace(telemetry, compute_limit=limit)
+        if not math.isfinite(limit) or not purse_allows(within, probe_cost, options.probe_share):
             return False
         if self._last_probe is None:
             return True

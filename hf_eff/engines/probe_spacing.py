@@ -8,6 +8,7 @@ from hf_eff.contracts.cost import Facts
 from hf_eff.contracts.governor import Telemetry
 from hf_eff.contracts.memory import BatchShape
 from hf_eff.numerics.flops import forward_flops, training_flops
+from hf_eff.numerics.planned_step import planned_length
 from hf_eff.numerics.probe_size import affordable_examples
 
 WIDEST_GAP = 1 / 120
@@ -47,7 +48,7 @@ def planned_flops(facts: Facts) -> tuple[float, float]:
     run = facts.run
     batch = run.batch_size * run.accumulation * facts.hardware.world_size
     steps = run.max_steps if run.max_steps > 0 else run.epochs * math.ceil((facts.pool.num_rows or 0) / batch)
-    step = training_flops(facts.model, BatchShape(rows=batch, length=run.length or math.ceil(facts.pool.mean_tokens)))
+    step = training_flops(facts.model, BatchShape(rows=batch, length=math.ceil(planned_length(facts))))
     return step, step * steps
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from hf_eff.engines.update_rules import UpdateRule
     from hf_eff.engines.zeroth_order_optimizer import ZerothOrderOptimizer
 
-SCRATCH_BYTES = 3 * 2**20
+SCRATCH_BYTES = 6 * 2**20
 """Random numbers of one piece, while they are drawn."""
 
 CLIP_WINDOW = 64

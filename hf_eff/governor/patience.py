@@ -47,6 +47,11 @@ class PatienceConfig(MethodConfig):
     )
     probe_share: float = knob(0.15, "Cap on the probes' part of the compute spent.", low=0.0, high=1.0, unit="share")
 
+    @property
+    def fewest_probes(self) -> int:
+        """Probes before which nothing is decided."""
+        return self.patience + 1
+
     def probe_allowance(self, compute: float) -> float:
         """Cost of a probe at which the purse pays for all of them in a run of ``compute``."""
         return self.probe_share * compute / self.probes

@@ -13,7 +13,7 @@ Cost      P parameters, w bytes per weight, V vocabulary, h hidden size, n direc
     gradients    none
     optimizer    none (a replay log of about a hundred bytes a step)
     activations  none; the peak above inference is one copy of the output head (w V h), one of the
-                 largest other layer at work, and 11 MiB for random numbers
+                 largest other layer at work, and 6 MiB for random numbers
     step         2 n m forwards and 2 n m + n passes of random numbers over the weights
 
 Use when   only inference fits, or the loss has no gradient; with adapters, whose few parameters

@@ -17,8 +17,21 @@ from hf_eff.numerics.flops import (
 
 def planned_shape(facts: Facts) -> BatchShape:
     """Shape of a mean micro-batch; source and target of an encoder-decoder are taken to be equally long."""
-    length = round(facts.run.length or facts.pool.mean_tokens)
+    length = round(planned_length(facts))
     return BatchShape(facts.run.batch_size, length, encoder_length=length if facts.model.is_encoder_decoder else 0)
+
+
+def planned_length(facts: Facts) -> float:
+    """Tokens of a row of a mean micro-batch, padding included.
+
+    Rows are padded to the longest of their micro-batch: on average, of as many rows drawn at random.
+    """
+    lengths, rows = facts.pool.length_quantiles, facts.run.batch_size
+    unpadded = facts.run.packing or facts.run.padding_free or facts.run.by_length
+    if facts.run.length or unpadded or not lengths:
+        return float(facts.run.length or facts.pool.mean_tokens)
+    chances = [(index / len(lengths)) ** rows for index in range(len(lengths) + 1)]
+    return sum(length * (chances[index + 1] - chances[index]) for index, length in enumerate(lengths))
 
 
 def planned_step_flops(facts: Facts, trainable: TrainableFacts | None = None) -> float:

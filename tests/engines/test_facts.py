@@ -413,6 +413,12 @@ def test_pool_facts_sample_evenly():
     assert (facts.num_rows, facts.mean_tokens, facts.max_tokens) == (6000, 2.0, 3)
 
 
+def test_quantiles_of_lengths_are_evenly_spaced():
+    assert pool_facts([{"length": n} for n in (9, 2, 4)]).length_quantiles == (2, 4, 9)
+    quantiles = pool_facts(Dataset.from_dict({"length": list(range(1000))[::-1]})).length_quantiles
+    assert quantiles == tuple(range(5, 1000, 10))
+
+
 def test_pool_facts_of_text_are_an_estimate_from_bytes():
     rows = [{"messages": [{"role": "user", "content": "äbcdefg"}], "n": 3}]
     assert pool_facts(Dataset.from_list(rows)).mean_tokens == (4 + 8) / 4

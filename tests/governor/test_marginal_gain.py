@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -402,6 +403,30 @@ def test_resumes_exactly_after_every_step(rate):
     assert 15 < len(probe_looks(looks)) < 30
     for cut in range(1, 61):
         assert play(Interrupted(cut), **options) == (looks, decisions)
+
+
+class Foreseen:
+    """A governor whose plan foresaw a share of the compute that the steps really take."""
+
+    def __init__(self, policy, share):
+        self.policy, self.share = policy, share
+
+    def _as_planned(self, look):
+        return dataclasses.replace(look, limits={}, compute_limit=self.share * look.compute_limit)
+
+    def next_probe(self, look, probe_cost):
+        return self.policy.next_probe(self._as_planned(look), probe_cost)
+
+    def observe(self, look):
+        return self.policy.observe(self._as_planned(look))
+
+
+def test_probes_go_on_to_the_end_of_a_run_that_takes_more_than_was_planned():
+    looks, _ = play(Foreseen(governor(), 0.5), lambda share: 3.0 - share, probe_cost=0.001)
+    steps = [look.step for look in probe_looks(looks)]
+    assert steps[-1] > 0.94 * STEPS
+    assert max(after - before for before, after in itertools.pairwise(steps)) < 0.06 * STEPS
+    assert looks[-1].probe_spent <= 0.03
 
 
 def test_a_restored_state_is_not_shared():

@@ -37,6 +37,13 @@ def test_a_longer_stream_begins_with_the_shorter_one():
     assert torch.equal(random_words(keys, 9)[:, :4], random_words(keys, 4))
 
 
+def test_many_words_equal_few():
+    keys = torch.tensor([5, 0, -6, 0])[::2]
+    many = random_words(keys, 2**15 + 1)
+    for row, key in zip(many, keys, strict=True):
+        assert torch.equal(row, random_words(key[None], 2**15 + 1)[0])
+
+
 def test_every_bit_is_fair_and_global_state_is_untouched():
     before = torch.random.get_rng_state()
     words = random_words(torch.tensor([make_key(0)]), 20_000)
