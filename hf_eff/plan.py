@@ -14,6 +14,7 @@ from hf_eff.contracts.spec import MethodSpec
 from hf_eff.errors import PlanError
 from hf_eff.numerics.optim_rules import optim_problem, optim_warning
 from hf_eff.numerics.payback import PayBack
+from hf_eff.numerics.planned_step import planned_length
 from hf_eff.options import Chosen, EffOptions, ResolvedOptions, choose, resolve_options
 from hf_eff.plan_memory import Rung, memory_cost, planned_ladder
 from hf_eff.plan_probes import probe_note
@@ -277,8 +278,8 @@ def planned_steps(facts: Facts) -> int | None:
 
 
 def _step_tokens(facts: Facts) -> float:
-    length = facts.run.length or facts.pool.mean_tokens
-    return facts.run.batch_size * facts.run.accumulation * facts.hardware.world_size * float(length)
+    rows = facts.run.batch_size * facts.run.accumulation * facts.hardware.world_size
+    return rows * planned_length(facts)
 
 
 def _with_rows(facts: Facts, rows: int | None) -> Facts:

@@ -213,10 +213,13 @@ def _price(plan: Plan, wishes: argparse.Namespace) -> tuple[str, float] | None:
 
 
 def _unique_tokens(plan: Plan) -> float | None:
+    """Tokens of the chosen rows, padded as budgets count them."""
+    from hf_eff.numerics.planned_step import planned_length
+
     facts = plan.facts
     if not plan.selected_rows:
         return None
-    return plan.selected_rows * float(facts.run.length or facts.pool.mean_tokens)
+    return plan.selected_rows * planned_length(facts)
 
 
 def _planned_tokens(plan: Plan, unique: float | None) -> float | None:
