@@ -249,7 +249,7 @@ class GainRule(Governor):
             "realised": outlook.realised,
             "probability": forecast.probability,
             "delta": delta,
-            "probability_rising": forecast.negative,
+            "probability_rising": max(forecast.negative, self._history.chance_of_rise()),
             "recent_rate": outlook.recent_rate,
             "threshold_rate": bar.needed / bar.stretch,
             **bar.facts,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -192,6 +193,20 @@ class ProbeHistory:
         return Outlook(
             self._fit(x), float(x[-1]), per_compute, -slope * per_compute, columns.first_loss, columns.compute[0]
         )
+
+    def chance_of_rise(self) -> float:
+        """Lower bound on the chance that the loss has left its best since the last break, at both of the last probes.
+
+        A curve that fell far and now rises fits no curve of one direction, so each level is held against the best
+        earlier one by the errors of paired differences. Bonferroni's bound allows for the best being the luckiest.
+        """
+        levels, errors = self._columns.level[self._columns.break_at :], self._columns.se[-self._window :]
+        earlier = levels[:-2]
+        error = float(np.median(errors)) if errors else 0.0
+        if not earlier or error <= 0.0:
+            return 0.0
+        rise = min(levels[-2:]) - min(earlier)
+        return 1.0 - len(earlier) * NormalDist().cdf(-rise / error)
 
     def rate_since_break(self, telemetry: Telemetry) -> float | None:
         """Theil-Sen drop of the loss per unit of compute, of probes since the last break; None before the second."""

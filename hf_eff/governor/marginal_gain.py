@@ -11,9 +11,9 @@ Idea
     ``threshold="tail"`` looks at all compute that remains: tau * h = epsilon * (gain realised so far).
     ``threshold="price"`` takes tau from a price in loss per unit of compute, ``"reservation"`` from the best gain of
     the beginning and the share that is spent, ``"target"`` from the distance to a loss. A loss that almost surely
-    rises stops the run at once. Probes are spaced geometrically in compute and paid from a purse. ``actions`` names
-    what it may do instead of stopping: going on, other rows, other memory and the end are then weighed by one index,
-    gain per compute.
+    rises, by its curve or by two probes in a row above its best, stops the run at once. Probes are spaced
+    geometrically in compute and paid from a purse. ``actions`` names what it may do instead of stopping: going on,
+    other rows, other memory and the end are then weighed by one index, gain per compute.
 
 Cost      n probe examples of T tokens, B budget
     flops  one forward of n*T tokens a probe; all probes together at most probe_share * B

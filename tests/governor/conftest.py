@@ -37,7 +37,11 @@ def literal_stops(looks, law, *, chance=0.3, confirm=0.02):
         held, pending = pending is not None, look.compute if pending is None else pending
         pending = pending if seen.probability < chance else None
         agreed = held and pending is not None and look.compute - pending >= confirm * limit
-        stops[-1] = seen.negative > 0.95 or (agreed and -statistics.median(slopes) / budget < needed / stretch)
+        # Two levels in a row above every earlier one, by more than the errors and the best one's luck explain.
+        error, least = statistics.median(errors[-8:]), min(levels[:-2])
+        chance_of_none = sum(statistics.NormalDist().cdf((least - min(levels[-2:])) / error) for _ in levels[:-2])
+        rises = seen.negative > 0.95 or chance_of_none < 0.05
+        stops[-1] = rises or (agreed and -statistics.median(slopes) / budget < needed / stretch)
     return stops
 
 

@@ -12,13 +12,13 @@ from hf_eff.governor.marginal_gain import MarginalGain, MarginalGainConfig
 from hf_eff.testing.tapes import Tape, falling, play, rising
 
 
-def governor():
-    return MarginalGain(MarginalGainConfig(epsilon=0.1, probe_share=0.1))
+def governor(**options):
+    return MarginalGain(MarginalGainConfig(epsilon=0.1, probe_share=0.1, **options))
 
 
-def recorded(tape=None):
+def recorded(tape=None, **options):
     """The looks of a run at which a probe was taken, with the wall clock of one particular machine."""
-    recording = play(governor(), tape or Tape(falling, limit=144.0))
+    recording = play(governor(**options), tape or Tape(falling, limit=144.0))
     pairs = zip(recording.telemetry, recording.decisions, strict=True)
     return [(look, each) for look, each in pairs if look.probe is not None]
 
@@ -189,7 +189,7 @@ def test_replays_exactly(log, curve):
 
 
 def test_another_policy_is_judged_on_the_same_run(log):
-    pairs = recorded(Tape(rising, limit=144.0, noise=0.001))
+    pairs = recorded(Tape(rising, limit=144.0, noise=0.001), explore_floor=1.0)
     log.start({})
     write(log, pairs)
     expected, bad = [], 0

@@ -115,7 +115,10 @@ def literal_decisions(looks, *, price=None, epsilon=0.02, delta=0.3, confirm=0.0
             stop = held and look.compute - pending >= confirm * look.compute_limit and rate < needed / stretch
         else:
             stop, pending = False, None
-        stops.append(stop or forecast.negative > 0.95)
+        # Both of the last levels lie above every earlier one by more than the errors explain.
+        error, least = statistics.median(errors[-8:]), min(levels[:-2])
+        chances = [math.erfc((level - least) / error / math.sqrt(2)) / 2 for level in levels[-2:]]
+        stops.append(stop or forecast.negative > 0.95 or max(chances) * len(levels[:-2]) < 0.05)
     return stops
 
 
@@ -148,6 +151,32 @@ def test_an_exhausted_run_stops_and_a_paying_one_goes_on():
 def test_a_higher_price_stops_earlier():
     stops = [first_stop(play(governor(threshold="price", price=price))[1]) for price in (0.1, 0.5, 2.0)]
     assert stops[0] > stops[1] > stops[2]
+
+
+def u_shaped(share):
+    """Falls by 2.6 nats, then over-fits."""
+    return exponential(share) + 1.1 * math.exp(-share / 0.02) + 2.0 * max(0.0, share - 0.6) ** 1.5
+
+
+def test_a_rise_after_a_deep_fall_stops_a_run_with_few_rough_probes():
+    looks, decisions = play(governor(probe_share=0.15), u_shaped, noise=0.02, probe_cost=0.0125, seed=1)
+    assert 8 < len(probe_looks(looks)) < 16
+    stop = first_stop(decisions)
+    assert "rises" in decisions[stop - 1].reason
+    assert 0.6 * STEPS < stop < 0.85 * STEPS
+
+
+@pytest.mark.parametrize(("fall", "most"), [(0.0, 12), (0.3, 6)], ids=["level", "falling slowly"])
+def test_noise_is_seldom_taken_for_a_rise_in_a_whole_run(fall, most):
+    wrong = 0
+    for seed in range(40):
+        looks, _ = play(governor(), lambda share: 2.0 - fall * share, noise=0.05, seed=seed)
+        history, chances = ProbeHistory(discount=0.95, prior_scale=3.0, window=8), []
+        for look in probe_looks(looks):
+            history.take_in(look)
+            chances.append(history.chance_of_rise())
+        wrong += max(chances) > 0.95
+    assert wrong <= most
 
 
 def test_a_rising_loss_stops_the_run():
