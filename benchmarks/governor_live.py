@@ -9,7 +9,7 @@ came before, so where each policy would have ended is exact, and what follows is
 
     marginal_gain      the defaults, and the price mode at 0.1, 0.3 and 1 nats for the five epochs
     early stopping     ``EarlyStoppingCallback`` with patience 3, four evaluations an epoch, best weights put back
-    fixed              three epochs, last weights kept; five epochs
+    fixed              three epochs, last weights kept; five epochs, as of the last probe
 
 Compute includes the probes (for the fixed runs, none). Equal loss: the least compute at which a policy that looks at
 every probe holds weights as good as those of three epochs, and whether the policy stopped before it had them.
