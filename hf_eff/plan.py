@@ -476,7 +476,8 @@ def _warnings(plan: Plan) -> list[str]:
         if not chosen.spec.traits.max_grad_norm and facts.run.max_grad_norm > 0:
             found.append(f"{chosen.spec.address} does not apply max_grad_norm={facts.run.max_grad_norm:g}.")
     found += reallocation_notes(resolved, plan.training_facts, plan.stop_step)
-    unpaid = probe_note(resolved, plan.training_facts, plan.flops["probe"])
+    reached = plan.stop_step / plan.steps if plan.steps and plan.stop_step is not None else 1.0
+    unpaid = probe_note(resolved, plan.training_facts, plan.flops["probe"], reached)
     found += [unpaid] if unpaid is not None else []
     undone = optim_warning(facts.run)
     found += [undone] if undone is not None else []

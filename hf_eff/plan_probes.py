@@ -12,22 +12,23 @@ _AMPLE = 4
 """Multiple of the fewest probes that is suggested: a stop has to be confirmed by later ones."""
 
 
-def probe_note(resolved: ResolvedOptions, facts: Facts, flops: float) -> str | None:
+def probe_note(resolved: ResolvedOptions, facts: Facts, flops: float, reached: float = 1.0) -> str | None:
     """Say that the governor will only watch, or None where it can act.
 
     Args:
         resolved: The run's options.
         facts: Facts of the run while training.
         flops: What the plan sets aside for probes.
+        reached: Share of the planned steps that the budget covers.
     """
     address = resolved.governor.spec.address
     config: Any = resolved.governor.config
     fewest = getattr(config, "fewest_probes", 0)
     if not fewest or facts.pool.streaming:
         return None
-    _, limit = planned_flops(facts)
+    limit = reached * planned_flops(facts)[1]
     probe = probe_flops(facts, config.num_examples, config.probe_allowance(limit))
-    paid = round(flops / probe) if probe > 0 else fewest
+    paid = int(reached * flops / probe + 1e-9) if probe > 0 else fewest
     if paid >= fewest:
         return None
     wanted = _AMPLE * fewest * probe / limit

@@ -16,10 +16,10 @@ MODEL = ModelFacts(
 POOL = PoolFacts(num_rows=100, mean_tokens=10.0, max_tokens=20, num_reference=32, mean_reference_tokens=10.0)
 
 
-def note(governor="marginal_gain", pool=POOL, steps=60, **knobs):
+def note(governor="marginal_gain", pool=POOL, steps=60, reached=1.0, **knobs):
     resolved = resolve_options(EffOptions(governor=governor, governor_kwargs=knobs))
     facts = Facts(model=MODEL, pool=pool, run=RunFacts(batch_size=4, max_steps=steps))
-    return probe_note(resolved, facts, resolved.governor.spec.cost(resolved.governor.config, facts).flops)
+    return probe_note(resolved, facts, resolved.governor.spec.cost(resolved.governor.config, facts).flops, reached)
 
 
 def test_a_run_that_pays_for_too_few_probes_is_told_of():
@@ -30,6 +30,11 @@ def test_a_run_that_pays_for_too_few_probes_is_told_of():
     )
     assert note(probe_share=0.3) is None
     assert note(steps=6000) is None
+
+
+def test_a_budget_that_ends_the_run_early_counts():
+    assert note(steps=6000, reached=0.5) is None
+    assert "pay for 1 probe in" in note(steps=6000, reached=0.01)
 
 
 def test_patience_needs_one_more_than_its_patience():

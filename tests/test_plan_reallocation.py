@@ -114,8 +114,9 @@ def test_notes():
     small = FACTS.replace(model=dataclasses.replace(MODEL, param_bytes=0.01))
     assert reallocation_notes(resolved(restore_best=True), small, 80) == []
     assert reallocation_notes(resolved(), FACTS, 80) == []
-    for blind in (resolved(memory="mezo", restore_best=True), resolved(restore_best=True)):
-        sharded = FACTS.replace(hardware=HardwareFacts(backend="fsdp2"))
-        (lost,) = reallocation_notes(blind, sharded, 80)
+    sharded = FACTS.replace(hardware=HardwareFacts(backend="fsdp2"))
+    forwards_only = resolved(memory="mezo", restore_best=True)
+    for chosen, facts in ((forwards_only, FACTS), (resolved(restore_best=True), sharded)):
+        (lost,) = reallocation_notes(chosen, facts, 80)
         assert "a stop for a rising loss leaves the last ones" in lost
     assert reallocation_notes(resolved("observe", memory="mezo", restore_best=True), FACTS, 80) == []

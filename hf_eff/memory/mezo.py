@@ -14,7 +14,8 @@ Cost      P parameters, w bytes per weight, V vocabulary, h hidden size, n direc
     optimizer    none (a replay log of about a hundred bytes a step)
     activations  none; the peak above inference is one copy of the output head (w V h), one of the
                  largest other layer at work, and 6 MiB for random numbers
-    step         2 n m forwards and 2 n m + n passes of random numbers over the weights
+    step         2 n m forwards and 2 n m + n passes of random numbers over the weights; (n + 1) m forwards
+                 one-sided; n J passes more with momentum over J steps
 
 Use when   only inference fits, or the loss has no gradient; with adapters, whose few parameters
            make the estimate less noisy.
@@ -23,7 +24,9 @@ Avoid when backpropagation fits: MeZO needs 10 to 100 times as many steps. The l
 Differs    from the paper's Algorithm 1: weights are not perturbed and restored in place (which drifts by 4%
            in 100 steps of bf16), so a bf16 run is possible; one direction serves the whole accumulation window;
            bf16 updates are rounded stochastically; c is taken from losses averaged over processes; the loss
-           reported is (L+ + L-) / 2. The official code reports L+ and refuses accumulation.
+           reported is (L+ + L-) / 2; momentum draws the directions of earlier steps again instead of keeping a
+           copy of the weights; distribution='sparse' moves small weights only, as Sparse MeZO (2402.15751) does.
+           The official code reports L+ and refuses accumulation.
 
 Paper      Fine-Tuning Language Models with Just Forward Passes (2023), arXiv:2305.17333
 Code       princeton-nlp/MeZO, MIT; its in-place loop is timed beside ours in benchmarks/zeroth_order.py
