@@ -15,10 +15,11 @@ and, without a package of their own: full AdamW, activation checkpointing, LoRA 
 randomised SVD that is the default here.
 
 Memory: every contestant in a process of its own; peak is the highest resident memory, rise the part above what was
-resident before the optimizer was made. Time: ours, the package and full AdamW in one process, taking turns step by
-step, so that other work on the machine slows them alike; the median step, the first left out (the first step of GaLore
-holds its decompositions and is shown apart). Losses are those of the timed steps. Needs the packages, installed with
-``--no-deps``, and 8 GiB. A package that is missing is left out.
+resident before the optimizer was made. Time: ours, the package and full AdamW in one process, step by step on the same
+batch, another one first each time, so that other work on the machine slows them alike. A ratio is taken of each step
+and stands with its quartiles; the first is left out (the first step of GaLore holds its decompositions and is shown
+apart). Losses are those of the timed steps. Needs the packages, installed with ``--no-deps``, and 8 GiB. A package
+that is missing is left out.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random", action="store_true", help="random weights of the same shape")
     parser.add_argument("--only", nargs="+", choices=[*PAIRS, *ALONE], help="these alone")
-    parser.add_argument("--steps", type=int, default=4, help="timed optimizer steps (badam: per block), at least 3")
+    parser.add_argument(
+        "--steps", type=int, default=10, help="timed optimizer steps, at least 3 (badam: of all blocks)"
+    )
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
@@ -141,31 +144,27 @@ def _times(name: str, arguments: argparse.Namespace) -> dict[str, dict]:
 
     torch.set_num_threads(arguments.threads)
     names = [each for each in dict.fromkeys([name, f"{name}-package", "full"]) if each in MAKERS and _is_here(each)]
-    contestants = {each: MAKERS[each](_load(arguments), arguments.steps) for each in names}
+    per_block = -(-arguments.steps // len(LAYERS))
+    steps = per_block * len(LAYERS) if name == "badam" else arguments.steps
+    contestants = {each: MAKERS[each](_load(arguments), per_block) for each in names}
     batches = _batches(arguments, contestants["full"].model.config.vocab_size)
-    blocks = len(LAYERS) if name == "badam" else 1
-    taken: dict[str, list[tuple[float, float, float]]] = {each: [] for each in names}
-    for index in range(arguments.steps * blocks):
+    taken: dict[str, dict[str, list[float]]] = {each: {"seconds": [], "cpu": [], "losses": []} for each in names}
+    for index in range(steps):
         batch = next(batches)
-        for each in names:
-            if each == "full" and index >= arguments.steps:
-                continue
+        for turn in range(len(names)):
+            each = names[(index + turn) % len(names)]
             wall, processor = time.perf_counter(), time.process_time()
             loss = contestants[each].step(index, batch)
-            taken[each].append((time.perf_counter() - wall, time.process_time() - processor, loss))
-    return {each: _summary(rows, blocks if each != "full" else 1) for each, rows in taken.items()}
+            taken[each]["seconds"].append(time.perf_counter() - wall)
+            taken[each]["cpu"].append(time.process_time() - processor)
+            taken[each]["losses"].append(loss)
+    return taken
 
 
-def _summary(rows: list[tuple[float, float, float]], blocks: int) -> dict[str, Any]:
-    """Median of each block's steps (the very first left out), averaged over the blocks."""
-    size = -(-len(rows) // blocks)
-    groups = [rows[max(start, 1) : start + size] for start in range(0, len(rows), size)]
-    return {
-        "first": rows[0][0],
-        "seconds": statistics.mean(statistics.median(row[0] for row in group) for group in groups),
-        "cpu": statistics.mean(statistics.median(row[1] for row in group) for group in groups),
-        "losses": [row[2] for row in rows],
-    }
+def _ratio(ours: dict, theirs: dict, figure: str) -> list[float]:
+    """Quartiles of the ratios of the same steps, the first left out."""
+    pairs = list(zip(ours[figure], theirs[figure], strict=True))[1:]
+    return statistics.quantiles([one / other for one, other in pairs], n=4, method="inclusive")
 
 
 def _load(arguments: argparse.Namespace) -> Any:
@@ -230,9 +229,9 @@ def _ours(names: str, model: Any, steps: int, **options: Any) -> Contestant:
         candidates=frozenset(trained),
         decay_names=frozenset(name for name in trained if "norm" not in name),
         optimizer_class=torch.optim.AdamW,
-        optimizer_kwargs={"lr": LR},
+        optimizer_kwargs={"lr": LR, "fused": True},
         weight_decay=0.01,
-        stock=lambda: torch.optim.AdamW(_groups(trained), lr=LR),
+        stock=lambda: torch.optim.AdamW(_groups(trained), lr=LR, fused=True),
         seed=0,
     )
     optimizer = stack.create_optimizer(context) or context.stock()
@@ -376,14 +375,16 @@ ALONE = ("checkpointing", "lora", "lisa", "hift", "randomised")
 
 
 def _print_pairs(wanted: list[str], peaks: dict, times: dict) -> None:
-    print("| Ours / package | Time | CPU time | First step | Peak | Rise | Losses, ours | Losses, package |")
+    print("| Ours / package | Time (quartiles) | CPU | First step | Peak | Rise | Losses, ours | Losses, package |")
     print("|---|---|---|---|---|---|---|---|")
     for name in (each for each in wanted if each in PAIRS and f"{each}-package" in times[each]):
         ours, theirs = times[name][name], times[name][f"{name}-package"]
-        ratios = [ours[figure] / theirs[figure] for figure in ("seconds", "cpu", "first")]
+        low, time_ratio, high = _ratio(ours, theirs, "seconds")
+        ratios = [_ratio(ours, theirs, "cpu")[1], ours["seconds"][0] / theirs["seconds"][0]]
         ratios += [peaks[name][figure] / peaks[f"{name}-package"][figure] for figure in ("peak", "rise")]
         curves = [" ".join(f"{loss:.3f}" for loss in each["losses"]) for each in (ours, theirs)]
-        print(f"| {name} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} | {curves[0]} | {curves[1]} |")
+        figures = [f"{time_ratio:.2f} ({low:.2f} to {high:.2f})", *(f"{ratio:.2f}" for ratio in ratios)]
+        print(f"| {name} | {' | '.join(figures)} | {curves[0]} | {curves[1]} |")
     print()
 
 
@@ -392,7 +393,7 @@ def _print_all(wanted: list[str], peaks: dict, times: dict) -> None:
     print("|---|---|---|---|---|")
     for name in peaks:
         group = times.get(name.removesuffix("-package")) or times[wanted[0]]
-        figures = [group[name][figure] / group["full"][figure] for figure in ("seconds", "cpu")]
+        figures = [_ratio(group[name], group["full"], figure)[1] for figure in ("seconds", "cpu")]
         peak, rise = peaks[name]["peak"] / MEBIBYTE, peaks[name]["rise"] / MEBIBYTE
         print(f"| {name} | {' | '.join(f'{each:.2f}' for each in figures)} | {peak:.0f} | {rise:.0f} |")
 

@@ -33,6 +33,7 @@ LONE_MODULES = {
     "hf_eff.numerics.sparse_projection": "sparse random signs; tested against its matrix",
     "hf_eff.numerics.text_quality": "measures of a text alone; tested on written cases",
     "hf_eff.numerics.two_sided_projection": "projection of both sides of a gradient; tested against its matrices",
+    "hf_eff.hardware.compiled": "a C file for this processor; tested without a compiler and with a broken one",
     "hf_eff.hardware.estimated_power": "power times utilisation; tested with a fake clock",
     "hf_eff.numerics.action_index": "best gain per compute of an action; tested against a dense search",
     "hf_eff.numerics.freshness": "lifetime and uplift of scores; tested against dense references",

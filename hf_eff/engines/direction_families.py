@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_eff.engines.directions import DirectionFamily, Gaussian, Rademacher
+from hf_eff.engines.directions import Chunk, DirectionFamily, Gaussian, Rademacher
 from hf_eff.engines.low_rank_directions import LowRank
 from hf_eff.engines.sparse_directions import SparseGaussian
 from hf_eff.engines.subspace_directions import Subspace
@@ -33,6 +33,11 @@ class BoxMuller(Gaussian):
         radius.abs_().mul_(2.0**-31).log_().mul_(-2.0).sqrt_()
         angle = raw[pairs:].view(torch.int16)[:pairs].float().mul_(math.pi * 2.0**-15)
         yield torch.stack([torch.cos(angle), torch.sin(angle)]).mul_(radius).view(-1)[:count]
+
+    def _add_compiled(
+        self, chunk: Chunk, out: Tensor, base: Tensor, weights: Tensor, scale: float, limit: float
+    ) -> bool:
+        return False
 
     def _rng(self, device: torch.device) -> str:
         return _BOX_MULLER if device.type == "cpu" else super()._rng(device)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_eff.engines.keyed_sums import keyed_sums
 from hf_eff.numerics.keyed_random import make_key, random_words
 
 CHUNK = 2**20
@@ -48,6 +49,23 @@ class Shard:
     def offset(self) -> int:
         """Entries of the whole parameter before the first one held."""
         return self.first * math.prod(self.shape[1:])
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A run of entries with a stream of their own, of which this process holds some.
+
+    Attributes:
+        key: Names the stream.
+        count: Entries in it.
+        low: Entries before the first one held.
+        held: Where those held lie among all that this process holds of the parameter.
+    """
+
+    key: int
+    count: int
+    low: int
+    held: slice
 
 
 class DirectionFamily(ABC):
@@ -156,37 +174,58 @@ class StreamedDirections(DirectionFamily):
             total = torch.empty_like(out, memory_format=torch.contiguous_format)
             return out.copy_(self.add_(total, name, step, scale, base=base.contiguous(), draw=draw, at=at.contiguous()))
         target, source, weights = out.view(-1), base.view(-1), at.view(-1)
-        for part, entries in self._parts(self.place(name, out), target.numel(), name, step, draw, out.device):
-            kept = self._masked(entries, name, weights[part])
-            torch.add(source[part], kept, alpha=scale, out=target[part])
+        limit = self._limit(name)
+        for chunk in self._chunks(self.place(name, out), target.numel(), name, step, draw):
+            tensors = (target[chunk.held], source[chunk.held], weights[chunk.held])
+            if self._add_compiled(chunk, *tensors, scale, limit):
+                continue
+            for part, entries in self._pieces(chunk, out.device):
+                to, start, size = (each[part] for each in tensors)
+                kept = entries if limit == math.inf else entries.masked_fill(size.abs() > limit, 0.0)
+                torch.add(start, kept, alpha=scale, out=to)
         return out
 
-    def _parts(
-        self, place: Shard, count: int, name: str, step: int, draw: int, device: torch.device
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """Pieces of z over the ``count`` entries held.
+    def _chunks(self, place: Shard, count: int, name: str, step: int, draw: int) -> Iterator[Chunk]:
+        """The chunks that the ``count`` entries held lie in.
 
         Yields:
-            Where in these entries the piece goes, and the piece.
+            One after another.
         """
         total, first = math.prod(place.shape), place.offset
         for index in range(first // self.chunk, -(-(first + count) // self.chunk)):
             begin = index * self.chunk
-            pieces = self._entries(self.key(name, step, draw, index), min(self.chunk, total - begin), device)
-            for entries in pieces:
-                end = begin + entries.numel()
-                low, high = max(begin, first), min(end, first + count)
-                if low < high:
-                    yield slice(low - first, high - first), entries[low - begin : high - begin]
-                begin = end
+            end = min(begin + self.chunk, total)
+            low, high = max(begin, first), min(end, first + count)
+            held = slice(low - first, high - first)
+            yield Chunk(self.key(name, step, draw, index), end - begin, low - begin, held)
+
+    def _pieces(self, chunk: Chunk, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+        """The entries of a chunk that are held.
+
+        Yields:
+            Where among them a piece goes, and the piece.
+        """
+        begin, held = 0, chunk.held.stop - chunk.held.start
+        for entries in self._entries(chunk.key, chunk.count, device):
+            end = begin + entries.numel()
+            low, high = max(begin, chunk.low), min(end, chunk.low + held)
+            if low < high:
+                yield slice(low - chunk.low, high - chunk.low), entries[low - begin : high - begin]
+            begin = end
 
     def describe(self, device: torch.device) -> dict[str, Any]:
         """Name, chunk and random number generator."""
         return {"name": self.name, "chunk": self.chunk, "rng": self._rng(device)}
 
-    def _masked(self, entries: Tensor, name: str, weights: Tensor) -> Tensor:
-        """The entries, without those that the weights exclude."""
-        return entries
+    def _limit(self, name: str) -> float:
+        """Size of a weight above which its entry is 0; infinite for none."""
+        return math.inf
+
+    def _add_compiled(
+        self, chunk: Chunk, out: Tensor, base: Tensor, weights: Tensor, scale: float, limit: float
+    ) -> bool:
+        """Write the sum of one chunk by compiled code, to the same numbers; False where there is none for it."""
+        return False
 
     @abstractmethod
     def _entries(self, key: int, count: int, device: torch.device) -> Iterator[Tensor]:
@@ -213,7 +252,7 @@ class Rademacher(StreamedDirections):
     name = "rademacher"
 
     def _entries(self, key: int, count: int, device: torch.device) -> Iterator[Tensor]:
-        num_words = 2 * -(-count // 64)
+        num_words = _num_words(count)
         words = random_words(torch.tensor([key], device=device), num_words // 2)[0].view(torch.int32)
         rows = min(32, max(1, _PIECE // num_words))
         for first in range(0, 32, rows):
@@ -226,6 +265,15 @@ class Rademacher(StreamedDirections):
 
     def _rng(self, device: torch.device) -> str:
         return "splitmix64"
+
+    def _add_compiled(
+        self, chunk: Chunk, out: Tensor, base: Tensor, weights: Tensor, scale: float, limit: float
+    ) -> bool:
+        sums = keyed_sums() if out.device.type == "cpu" else None
+        if sums is None or limit != math.inf or not sums.takes(out, base):
+            return False
+        sums.add_signs_(out, base, chunk.key, chunk.low, _num_words(chunk.count), scale)
+        return True
 
 
 class Gaussian(StreamedDirections):
@@ -254,6 +302,15 @@ class Gaussian(StreamedDirections):
     def _rng(self, device: torch.device) -> str:
         return "sfc64 + quantiles" if device.type == "cpu" else f"torch.Generator({device.type}).normal_"
 
+    def _add_compiled(
+        self, chunk: Chunk, out: Tensor, base: Tensor, weights: Tensor, scale: float, limit: float
+    ) -> bool:
+        sums = keyed_sums() if out.device.type == "cpu" else None
+        if sums is None or not sums.takes(out, base, weights):
+            return False
+        sums.add_quantiles_(out, base, weights, chunk.key, chunk.low, scale, _quantiles(), limit)
+        return True
+
 
 FAMILIES: dict[str, type[StreamedDirections]] = {family.name: family for family in (Gaussian, Rademacher)}
 """Families of independent entries, by the name that users type and logs carry."""
@@ -262,6 +319,11 @@ FAMILIES: dict[str, type[StreamedDirections]] = {family.name: family for family 
 @lru_cache(maxsize=65536)
 def _name_hash(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def _num_words(count: int) -> int:
+    """32-bit words whose bits are the signs of ``count`` entries: both halves of as few 64-bit ones as do."""
+    return 2 * -(-count // 64)
 
 
 @lru_cache(maxsize=8)

@@ -43,9 +43,8 @@ class SparseGaussian(Gaussian):
         thresholds = {name: each.hex() for name, each in sorted(self.thresholds.items())}
         return {**super().describe(device), "thresholds": thresholds}
 
-    def _masked(self, entries: Tensor, name: str, weights: Tensor) -> Tensor:
-        limit = self.thresholds.get(name, math.inf)
-        return entries if limit == math.inf else entries.masked_fill(weights.abs() > limit, 0.0)
+    def _limit(self, name: str) -> float:
+        return self.thresholds.get(name, math.inf)
 
 
 def thresholds_of(parameters: Mapping[str, Tensor], density: float) -> dict[str, float]:
