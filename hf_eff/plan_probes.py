@@ -27,7 +27,7 @@ def probe_note(resolved: ResolvedOptions, facts: Facts, flops: float, reached: f
     if not fewest or facts.pool.streaming:
         return None
     limit = reached * planned_flops(facts)[1]
-    probe = probe_flops(facts, config.num_examples, config.probe_allowance(limit))
+    probe = getattr(config, "looks_cost", 1) * probe_flops(facts, config.num_examples, config.probe_allowance(limit))
     paid = int(reached * flops / probe + 1e-9) if probe > 0 else fewest
     if paid >= fewest:
         return None

@@ -38,6 +38,7 @@ class Supervisor:
         with_reserve: Adds to what a probe needs what has to be left after it.
         spent_before: Amounts spent before the first step; the choice of rows then is no reallocation.
         level: Loss at a probe of this step relative to the first probe, or None where none was taken.
+        readings: How often held-out examples and the pool were read.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Supervisor:
         self.peak_rate = 0.0
         self.last_rate = 0.0
         self.last_decision = _CONTINUE
+        self.readings = {"probe": 0, "drift": 0}
         # A policy with neither rule needs no telemetry, and its run no messages between ranks.
         self.passive = _inherits(governor, "observe") and _inherits(governor, "next_probe")
 
@@ -134,7 +136,7 @@ class Supervisor:
         self.level = None
         if self.probe is None:
             return {}
-        need = self.probe_need()
+        need, reads_pool = self.probe_need(), self._reads_pool()
         due = self.governor.next_probe(telemetry, self.price(need, telemetry.spent))
         fits = self.ledger.need_fits(self.with_reserve(need)) is None
         if not self.ranks.broadcast(due and fits):
@@ -143,20 +145,33 @@ class Supervisor:
         self.ledger.charge("probe", **need)
         with self.ledger.clock("probe"):
             seen: dict[str, Any] = {"probe": self.probe.read(model)}
-            if self.drift is not None:
+            if self.drift is not None and reads_pool:
                 seen["drift"] = self.drift.drift(model, trained)
+        self.readings["probe"] += 1
+        self.readings["drift"] += reads_pool
         self.level = self.probe.level
         # What can be paid or fits is asked of the first process; what it saw counts for all.
         return {**seen, "offers": self.ranks.broadcast(self.offers(model))}
 
     def probe_need(self) -> dict[str, float]:
         """FLOPs and tokens of one look at the model."""
-        parts = [self.probe, self.drift if self.drift is not None and self.drift.noted_at is not None else None]
+        parts = [self.probe, self.drift if self._reads_pool() else None]
         taken = [part for part in parts if part is not None]
         return {
             "flops": float(sum(part.cost_flops for part in taken)),
             "tokens": float(sum(part.cost_tokens for part in taken)),
         }
+
+    def _reads_pool(self) -> bool:
+        """Whether the next look is at the pool too: as often as that takes no more than held-out examples do.
+
+        A sample of the pool may cost many times a probe, and a purse that pays for both each time pays for too few
+        probes to see a rising loss.
+        """
+        if self.probe is None or self.drift is None or self.drift.noted_at is None:
+            return False
+        cost = (self.readings["drift"] + 1) * self.drift.cost_flops
+        return cost <= (self.readings["probe"] + 1) * self.probe.cost_flops
 
     def note_drift(self, model: Any) -> None:
         """Note how the rows of the pool rank now that they were chosen, if that can be paid."""
@@ -193,6 +208,7 @@ class Supervisor:
             "probe": self.probe.state_dict() if self.probe is not None else None,
             "peak_rate": self.peak_rate,
             "last_rate": self.last_rate,
+            "readings": dict(self.readings),
             **({} if self.drift is None else {"drift": self.drift.state_dict()}),
         }
 
@@ -205,6 +221,7 @@ class Supervisor:
             self.drift.load_state_dict(state["drift"])
         self.peak_rate = float(state["peak_rate"])
         self.last_rate = float(state["last_rate"])
+        self.readings = {**self.readings, **state.get("readings", {})}
         if self.log is not None and self.ranks.is_first:
             self.log.truncate_after(step)
 

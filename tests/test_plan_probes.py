@@ -32,6 +32,13 @@ def test_a_run_that_pays_for_too_few_probes_is_told_of():
     assert note(steps=6000) is None
 
 
+def test_where_rows_may_be_chosen_anew_half_is_left_for_readings_of_the_pool():
+    # A fifth of 720 forwards pays for nine probes of 16 rows.
+    assert note(probe_share=0.2) is None
+    assert note(probe_share=0.2, actions="widen") is None
+    assert "can pay for 4 probes in" in note(probe_share=0.2, actions="widen+refresh")
+
+
 def test_a_budget_that_ends_the_run_early_counts():
     assert note(steps=6000, reached=0.5) is None
     assert "pay for 1 probe in" in note(steps=6000, reached=0.01)

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -127,11 +128,25 @@ def test_a_refresh_is_charged_and_leaves_the_model_alone(tmp_path):
     assert {look["telemetry"]["offers"][0]["fixed_cost"] for look in asked} == {first}
     choices = [look["telemetry"]["overhead_spent"] - look["telemetry"]["probe_spent"] for look in asked]
     assert choices == [0.0] * 4 + [first] * 3
-    assert all(look["telemetry"]["drift"]["correlation"] == pytest.approx(1.0) for look in asked)
+    read = [look["telemetry"]["drift"] for look in asked if look["telemetry"]["drift"]]
+    assert [each["correlation"] for each in read] == pytest.approx([1.0] * len(read))
+    assert read
     # The same model chooses the same rows.
     assert Selection.load(tmp_path / "run" / "selection" / "phase-1").indices.tolist() == (
         Selection.load(tmp_path / "run" / "selection").indices.tolist()
     )
+
+
+def test_the_pool_is_read_as_often_as_takes_no_more_than_the_probes(tmp_path):
+    trainer = whole(tmp_path, "", steps=10, governor={"actions": "refresh", "drift_examples": 12})
+    supervisor = trainer.budgeted_run.supervisor
+    ratio = supervisor.drift.cost_flops / supervisor.probe.cost_flops
+    read = [number for number, look in enumerate(looks(trainer), start=1) if look["telemetry"]["drift"]]
+    assert ratio > 2
+    assert read == [math.ceil(ratio * times) for times in range(1, int(10 / ratio) + 1)]
+    spent = (1 + len(read)) * supervisor.drift.cost_flops + 10 * supervisor.probe.cost_flops  # one to begin with
+    assert trainer.ledger.by_purpose()["probe"]["flops"] == spent
+    assert supervisor.state_dict()["readings"] == {"probe": 10, "drift": len(read)}
 
 
 def test_a_refresh_that_cannot_be_paid_is_not_offered_and_not_done(tmp_path):

@@ -77,6 +77,11 @@ class GainConfig(MethodConfig):
         """Probes before which nothing is decided."""
         return FEWEST_PROBES
 
+    @property
+    def looks_cost(self) -> int:
+        """Most that looks take, as a multiple of their probes: where rows may be chosen anew, the pool is read too."""
+        return 2 if "refresh" in self.actions.split("+") else 1
+
     def probe_allowance(self, compute: float) -> float:
         """Cost of a probe at which the purse pays for one every ``WIDEST_GAP`` of a run of ``compute``.
 
@@ -282,7 +287,7 @@ class GainRule(Governor):
 def probing_cost(config: GainConfig, facts: Facts) -> Cost:
     """FLOPs of all probes of a run that is never stopped."""
     step, limit = planned_flops(facts)
-    probe = probe_flops(facts, config.num_examples, config.probe_allowance(limit))
+    probe = config.looks_cost * probe_flops(facts, config.num_examples, config.probe_allowance(limit))
     if probe == 0.0:
         return Cost()
     spent, count = step, 0  # the first probe comes after the first step
