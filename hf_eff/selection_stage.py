@@ -110,6 +110,8 @@ class SelectionStage:
             run.ledger.load_state_dict(ledger)
         run.selection_digest = chosen[0].digest
         if run.plan.window_steps is None:
+            if run.ranks.is_first:
+                (run.directory.path / PHASES).unlink(missing_ok=True)  # of an earlier run in this folder
             self._apply(trainer, pool, chosen[0])
         else:
             self._open_phases(trainer, run, pool, chosen)

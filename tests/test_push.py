@@ -16,12 +16,15 @@ from hf_eff import BudgetedTrainer, BudgetedTrainingArguments
 from hf_eff.cli import main
 from hf_eff.errors import EffWarning, OptionError
 from hf_eff.hub import HubError
-from hf_eff.manifest import Selection
 from hf_eff.publish import PushRecord, push_folder_of_run
 from hf_eff.publish.bundle import bundle_files
 from hf_eff.publish.evaluation import data_origins, evaluation_of, write_eval_results
 from hf_eff.publish.links import write_links
+from hf_eff.reallocation import read_phases
 from hf_eff.recipe import Recipe
+from hf_eff.selection import Selection
+from hf_eff.testing.toys import scripted
+from hf_eff.testing.trial import registered
 from tests.local_hub import LocalHub
 from tests.online import go_online
 
@@ -112,6 +115,30 @@ def test_a_run_arrives_with_everything_that_describes_it_and_nothing_else(online
     recipe = Recipe.from_pretrained("alice/run")
     assert recipe.options["memory_kwargs"] == BLOCKS
     assert recipe.training["max_steps"] == 2
+
+
+@pytest.mark.filterwarnings("ignore::hf_eff.errors.OutsideIntendedUseWarning")
+def test_the_rows_of_every_data_phase_arrive(online, trained, tmp_path):
+    script = {"script": "1 refresh, 2 refresh", "actions": "refresh", "window_steps": 1}
+    with registered(scripted.SPEC):
+        trainer = trained(governor="scripted", governor_kwargs=script, max_steps=4, hub_model_id="alice/run")
+        trainer.push_to_hub(selection_repo="alice/sel")
+    phases = read_phases(tmp_path / "out").phases
+    assert len({phase.digest for phase in phases}) == 3
+    sent = [Selection.from_pretrained("alice/sel", name) for name in ("run", "run-phase-1", "run-phase-2")]
+    assert [each.digest for each in sent] == [phase.digest for phase in phases]
+    recorded = json.loads(online.files("model", "alice/run")["data_phases.json"])["phases"]
+    assert [phase["digest"] for phase in recorded] == [each.digest for each in sent]
+
+
+@pytest.mark.filterwarnings("ignore::hf_eff.errors.OutsideIntendedUseWarning")
+def test_phases_of_an_earlier_run_in_the_folder_are_forgotten(trained, tmp_path):
+    script = {"script": "1 refresh", "actions": "refresh", "window_steps": 1}
+    with registered(scripted.SPEC):
+        trained(governor="scripted", governor_kwargs=script, max_steps=3)
+    assert (tmp_path / "out" / "data_phases.json").is_file()
+    trained()
+    assert not (tmp_path / "out" / "data_phases.json").exists()
 
 
 def test_an_adapter_is_sent_as_an_adapter(online, trained):

@@ -13,6 +13,7 @@ from hf_eff.manifest import read_manifest
 from hf_eff.publish.bundle import MANIFEST_COPY, bundle_files
 from hf_eff.publish.links import write_links
 from hf_eff.publish.record import PushRecord
+from hf_eff.reallocation import PHASES, read_phases
 from hf_eff.run_directory import SELECTION
 from hf_eff.selection import Selection
 
@@ -72,7 +73,7 @@ def _push(folder: Path, record: PushRecord, token: str | None) -> Pushed:
     bundle_files(folder)  # what cannot be sent is found out before anything is created
     repo_id = hub.create(str(record.repo_id), "model", token, private=record.private)
     if record.selection_repo is not None:
-        _push_selection(folder, record, token)
+        _push_selections(folder, record, token)
     slug = None
     if record.collection is not None:
         items = [(repo_id, "model"), *_datasets(folder, record)]
@@ -87,10 +88,15 @@ def _push(folder: Path, record: PushRecord, token: str | None) -> Pushed:
     return Pushed(repo_id, commit, address, record.selection_repo, slug)
 
 
-def _push_selection(folder: Path, record: PushRecord, token: str | None) -> None:
-    selection = Selection.load(folder / SELECTION)
+def _push_selections(folder: Path, record: PushRecord, token: str | None) -> None:
+    """Send the choice of rows, and those of later data phases under the same name with their number."""
     name = str(record.repo_id).rpartition("/")[2].lower()
-    selection.push_to_hub(str(record.selection_repo), name, private=record.private, token=token)
+    named = {name: folder / SELECTION}
+    if (folder / PHASES).is_file():
+        later = enumerate(read_phases(folder).phases[1:], start=1)
+        named |= {f"{name}-phase-{number}": folder / phase.manifest for number, phase in later}
+    for each, place in named.items():
+        Selection.load(place).push_to_hub(str(record.selection_repo), each, private=record.private, token=token)
 
 
 def _datasets(folder: Path, record: PushRecord) -> list[tuple[str, str]]:
