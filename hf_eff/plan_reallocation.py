@@ -126,7 +126,7 @@ def reallocation_notes(resolved: ResolvedOptions, facts: Facts, steps: int | Non
         )
     if _wants_best(resolved) and not keeps_best(resolved, facts):
         notes.append(
-            "the weights of the best probe are not kept without a backward pass or with a model in pieces: a stop "
-            "for a rising loss leaves the last ones."
+            "the weights of the best probe are not kept without a backward pass or with a model in pieces: after a "
+            "rise of the loss the last ones stay."
         )
     return notes

@@ -51,7 +51,7 @@ _MEASURED_STEPS = 2
 _TIME_LIKE = ("seconds", "usd", "kwh")
 _CONTINUE = Decision("continue", "no rule applies")
 _RISES = 0.95
-"""Probability of a rising loss from which on a stop puts the best weights back."""
+"""Probability of a risen loss above which the end of a run puts the best weights back."""
 
 
 class BudgetedRun:
@@ -318,6 +318,17 @@ class BudgetedRun:
             warnings.warn(text, EffWarning, stacklevel=2)
         return _CONTINUE
 
+    def settle(self, model: Any) -> None:
+        """Training is over: where the held-out loss is surely above its best, put the weights of that probe back."""
+        probe = self.supervisor.probe if self.supervisor is not None else None
+        if self.best is None or probe is None or self.weights_of_step is not None:
+            return
+        if max(self.stop.details.get("probability_rising", 0.0), probe.chance_above_best) > _RISES:
+            with self.ledger.clock("save"):
+                self.weights_of_step = self.best.restore(model)
+            if self.weights_of_step is not None:
+                logger.warning("The held-out loss has risen: the model has step %d's weights.", self.weights_of_step)
+
     def _carry_out(self, decision: Decision, step: int, model: Any) -> Decision:
         """Do what the governor decided; what is left for the trainer is to go on or to stop."""
         if decision.action == "cooldown" and self.cooldown is not None:
@@ -326,9 +337,6 @@ class BudgetedRun:
         if decision.action in ("stop", "cooldown"):
             self.stop = dataclasses.replace(decision, action="stop")
             logger.warning("Governor ends training at step %d: %s.", step, decision.reason)
-            if self.best is not None and decision.details.get("probability_rising", 0.0) > _RISES:
-                with self.ledger.clock("save"):
-                    self.weights_of_step = self.best.restore(model)
             return self.stop
         if self.reallocation is not None:
             self.reallocation.take(decision, step, model)

@@ -291,6 +291,7 @@ class BudgetedTrainerMixin(_Parent):
 
     def _stop(self, run: BudgetedRun) -> None:
         """End the loop; where checkpoints are kept, keep this state too, as transformers does at the end."""
+        run.settle(self.accelerator.unwrap_model(self.model))
         self.control.should_training_stop = True
         step, folder = self.state.global_step, self._folder
         # The first rank's view: saving is collective, and other nodes may see another disk.
@@ -493,6 +494,8 @@ class _RunCallback(TrainerCallback):
         decision = trainer.budgeted_run.finish_step(state.global_step, model, kwargs["optimizer"], rate)
         if decision.action == "stop":
             trainer._stop(trainer.budgeted_run)  # noqa: SLF001
+        elif state.global_step >= state.max_steps:
+            trainer.budgeted_run.settle(model)
 
 
 def _by_name(kind: type, positional: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +30,7 @@ from hf_eff import (
 from hf_eff.engines.directions import Gaussian
 from hf_eff.errors import OptionError, PlanError
 from hf_eff.testing.tiny import collator, tiny_config, tiny_model, tiny_pool, tiny_tokenizer, tokenised
+from hf_eff.testing.torchrun import torchrun
 from hf_eff.testing.trial import outcome_of
 
 WORDS = ["<pad>", "<eos>", ":", "a", "b", "c", "d", "yes", "no"]
@@ -233,10 +232,7 @@ def test_over_sft(tmp_path):
 @pytest.mark.distributed
 def test_two_processes_take_the_mean(tmp_path):
     worker = Path(__file__).parent / "workers" / "two_objectives.py"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, str(worker), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(worker, str(tmp_path))
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["coefficients"][0] == found["coefficients"][1]
     assert found["weights"][0] == found["weights"][1]

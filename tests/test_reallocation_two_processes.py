@@ -1,8 +1,6 @@
 """Two processes over gloo: one decision, one choice of rows, one order, the same weights, also after a resume."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 from hf_eff.engines.row_phases import rows_of_steps
 from hf_eff.reallocation import read_phases
 from hf_eff.testing.tiny import tiny_pool, tiny_tokenizer, tokenised
+from hf_eff.testing.torchrun import torchrun
 
 pytestmark = pytest.mark.distributed
 WORKER = Path(__file__).parent / "workers" / "reallocation.py"
@@ -19,10 +18,7 @@ WORKER = Path(__file__).parent / "workers" / "reallocation.py"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, str(WORKER), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    torchrun(WORKER, str(folder))
     return folder
 
 

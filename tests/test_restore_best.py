@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hf_eff.engines.best_weights import FOLDER, BestWeights
@@ -73,13 +74,50 @@ def test_a_stop_for_a_rising_loss_leaves_the_best_weights(tmp_path, memory, rate
 
 @pytest.mark.parametrize(
     ("script", "options"),
-    [("7 stop", {}), ("7 rises", {"restore_best": False}), ("7 rises", {"governor_mode": "observe"})],
+    [
+        ("7 stop", {"learning_rate": 1e-3}),
+        ("", {"learning_rate": 1e-3}),
+        ("7 rises", {"restore_best": False}),
+        ("", {"restore_best": False}),
+        ("7 rises", {"governor_mode": "observe"}),
+        ("", {"governor_mode": "advise"}),
+    ],
 )
 def test_otherwise_the_last_weights_stay(tmp_path, script, options):
     trainer, seen = watched(tmp_path, script, **options)
     assert equal(weights_of(trainer), seen.weights[max(seen.weights)])
     assert "weights of step" not in (trainer.report["governor"] or {})
     assert not (tmp_path / "run" / FOLDER).exists()
+
+
+ENDS = {"steps": ("", {}), "governor": ("7 stop", {}), "budget": ("", {"budget": "7 steps"})}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_any_end_after_a_rise_leaves_the_best_weights(tmp_path, end):
+    script, options = ENDS[end]
+    options = {"learning_rate": 6e-2, "save_strategy": "steps", "save_steps": 100, **options}
+    trainer, seen = watched(tmp_path, script, **options)
+    last, best = max(seen.weights), trainer.budgeted_run.best.step
+    assert trainer.state.global_step == last > best
+    assert equal(weights_of(trainer), seen.weights[best])
+    assert not equal(weights_of(trainer), seen.weights[last])
+    assert trainer.report["governor"]["weights of step"] == best
+    saved = load_file(tmp_path / "run" / f"checkpoint-{last}" / "model.safetensors")
+    assert all(torch.equal(saved[name], each) for name, each in weights_of(trainer).items() if name in saved)
+
+
+def test_a_rise_within_the_noise_leaves_the_last_weights(tmp_path):
+    trainer, seen = watched(tmp_path, "", learning_rate=0.0)
+    assert trainer.budgeted_run.weights_of_step is None
+    assert equal(weights_of(trainer), seen.weights[8])
+
+
+def test_resumed_after_the_best_probe_to_the_planned_end(tmp_path):
+    scene = trial(tmp_path, "")
+    whole = scene.whole()
+    assert whole.steps == 8
+    assert scene.interrupted(6).differences(whole) == []
 
 
 def test_resumed_after_the_best_probe(tmp_path):

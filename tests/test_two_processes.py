@@ -5,8 +5,6 @@ import fcntl
 import functools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import pytest
 from hf_eff.contracts.spec import KINDS
 from hf_eff.hardware.probe import device_name
 from hf_eff.registry import get_method, list_methods
+from hf_eff.testing.torchrun import torchrun
 from hf_eff.testing.toys import half
 
 pytestmark = pytest.mark.distributed
@@ -47,10 +46,7 @@ def launched(factory, name):
     """What two ranks of a worker wrote; one launch however many processes run these tests."""
     with locked_folder(factory, name) as folder:
         if not (folder / "found.json").exists():
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-            command = [*launcher, str(WORKERS / f"{name}.py"), str(folder)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
-            assert done.returncode == 0, done.stderr[-4000:]
+            torchrun(WORKERS / f"{name}.py", str(folder))
         return json.loads((folder / "found.json").read_text())
 
 

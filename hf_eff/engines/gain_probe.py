@@ -16,6 +16,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, InitVar, dataclass, field
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,8 @@ class GainProbe:
         self.cost_tokens = float(sum(height * length for height, length in shapes))
         self._baseline: np.ndarray | None = None
         self._previous: np.ndarray | None = None
+        self._best: np.ndarray | None = None
+        self._readings = 0
 
     @property
     def level(self) -> float | None:
@@ -128,6 +131,8 @@ class GainProbe:
         delta, error = (None, None) if self._previous is None else _paired(self._previous, now)
         self._baseline = now if self._baseline is None else self._baseline
         self._previous = now
+        self._readings += 1
+        self._note_best()
         return ProbeReading(
             mean=float(finite.mean()) if finite.size else math.nan,
             paired_delta=delta,
@@ -135,13 +140,36 @@ class GainProbe:
             num_examples=int(finite.size) if self._read.noise == "examples" else self.num_examples,
         )
 
+    @property
+    def chance_above_best(self) -> float:
+        """Lower bound on the chance that the quantity is above that of its lowest reading; 0 where it is that reading.
+
+        Bonferroni's bound over the readings allows for the lowest being the luckiest.
+        """
+        if self._best is None or self._previous is None or self._best is self._previous:
+            return 0.0
+        drop, error = _paired(self._best, self._previous)
+        if drop is None or error is None or drop >= 0.0:
+            return 0.0
+        tail = NormalDist().cdf(drop / error) if error > 0.0 else 0.0
+        return max(0.0, 1.0 - (self._readings - 1) * tail)
+
+    def _note_best(self) -> None:
+        assert self._baseline is not None  # noqa: S101 - a reading is in
+        lowest = math.inf if self._best is None else _mean_finite(self._best - self._baseline)
+        level = self.level
+        if level is not None and level < lowest:
+            self._best = self._previous
+
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able values of the first and of the latest reading; None stands for one that is not finite."""
+        """JSON-able values of the first, the lowest and the latest reading; None stands for one that is not finite."""
         return {
             "quantity": self._read.name,
             "examples": self._digest,
             "baseline": _to_json(self._baseline),
             "previous": _to_json(self._previous),
+            "best": _to_json(self._best),
+            "readings": self._readings,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -162,6 +190,8 @@ class GainProbe:
             )
         self._baseline = _from_json(state["baseline"])
         self._previous = _from_json(state["previous"])
+        self._best = _from_json(state.get("best"))
+        self._readings = int(state.get("readings", 0))
 
     def _values(self, model: nn.Module) -> np.ndarray:
         """[n] values in the order of the subset, the same array on every rank."""

@@ -53,7 +53,7 @@ class GainConfig(MethodConfig):
         high=1.0,
         unit="share of the compute spent",
     )
-    restore_best: bool = knob(True, "When stopping for a rising loss, put back the weights of the best probe.")
+    restore_best: bool = knob(True, "End with the weights of the best probe where the loss is surely above it.")
     drift_examples: int = knob(64, "Rows of the pool whose ranking is followed.", low=2, unit="rows")
 
     def __post_init__(self) -> None:

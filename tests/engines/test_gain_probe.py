@@ -2,8 +2,6 @@ import hashlib
 import json
 import math
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,9 +10,11 @@ import torch
 from hf_eff.contracts.memory import BatchShape
 from hf_eff.engines.facts import model_facts
 from hf_eff.engines.gain_probe import GainProbe
+from hf_eff.engines.held_out import HeldOut
 from hf_eff.errors import CheckpointError, DataError
 from hf_eff.numerics.flops import forward_flops
 from hf_eff.testing.tiny import collator, tiny_model, tiny_target, tokenised
+from hf_eff.testing.torchrun import torchrun
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +167,44 @@ def test_a_dear_probe_reads_fewer_examples(rows):
     assert reading.num_examples == half.num_examples
 
 
+class Scores(HeldOut):
+    """Values per example that are given, reading by reading."""
+
+    def __init__(self, readings):
+        self.values_of_readings = iter(readings)
+
+    def outputs(self, _model, batch):
+        return [None] * len(batch["input_ids"])
+
+    def values(self, _outputs):
+        return np.array(next(self.values_of_readings))
+
+
+def test_chance_above_best_is_bonferronis(rows):
+    draw = np.random.default_rng(0)
+    readings = [level + 0.05 * draw.standard_normal(12) for level in (1.0, 0.5, 0.52, 0.6, 0.51)]
+    probe, chances = make_probe(rows, quantity=Scores(readings)), []
+    for _ in readings:
+        probe.read(tiny_model())
+        chances.append(probe.chance_above_best)
+    assert chances[:2] == [0.0, 0.0]
+    for index in (2, 3, 4):
+        rise = readings[index] - readings[1]
+        z = rise.mean() / (rise.std(ddof=1) / math.sqrt(12))
+        assert chances[index] == pytest.approx(max(0.0, 1 - index * 0.5 * math.erfc(z / math.sqrt(2))))
+    assert chances[3] > 0.95 > chances[4]
+
+
+def test_a_reading_that_is_not_finite_is_never_the_best(rows):
+    readings = [np.full(12, math.nan), np.full(12, 2.0), np.full(12, 1.0), np.full(12, math.inf), np.full(12, 1.5)]
+    probe = make_probe(rows, quantity=Scores([np.full(12, 3.0), *readings]))
+    chances = []
+    for _ in range(6):
+        probe.read(tiny_model())
+        chances.append(probe.chance_above_best)
+    assert chances == [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+
+
 def test_resumes_exactly(rows):
     model = tiny_model()
     whole = make_probe(rows)
@@ -179,6 +217,7 @@ def test_resumes_exactly(rows):
     assert resumed.read(model) == whole.read(model)
     assert resumed.state_dict() == whole.state_dict()
     assert resumed.level == whole.level
+    assert resumed.chance_above_best == whole.chance_above_best
 
 
 def test_a_state_of_other_examples_is_refused(rows):
@@ -244,12 +283,14 @@ def test_ranks_share_the_work_and_agree(rows, world_size):
 
 
 SCRIPT = """
-import json, sys
+import sys
+from pathlib import Path
 import torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from hf_eff.engines.gain_probe import GainProbe
 from hf_eff.engines.ranks import Ranks
 from hf_eff.testing.tiny import collator, tiny_model, tiny_target, tokenised
+from hf_eff.testing.torchrun import leave
 
 dist.init_process_group("gloo")
 ranks, rows = Ranks(), tokenised(tiny_target(30)).remove_columns(["source"])
@@ -274,9 +315,7 @@ def train(sharded, probing):
     return ranks.gather(readings), [w.double().sum().item() for w in weights]
 
 found = {f"{sharded}-{probing}": train(sharded, probing) for sharded in (False, True) for probing in (False, True)}
-if ranks.is_first:
-    open(sys.argv[1], "w").write(json.dumps(found))
-dist.destroy_process_group()
+leave(found, Path(sys.argv[1]))
 """
 
 
@@ -284,10 +323,7 @@ dist.destroy_process_group()
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "script.py").write_text(SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, str(folder / "script.py"), str(folder / "found.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(folder / "script.py", str(folder))
     return json.loads((folder / "found.json").read_text())
 
 

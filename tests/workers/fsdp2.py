@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import gc
 import hashlib
-import json
 import sys
 import traceback
 import warnings
@@ -27,6 +26,7 @@ from transformers import PrinterCallback
 from hf_eff import BudgetedTrainer, BudgetedTrainingArguments
 from hf_eff.registry import get_method
 from hf_eff.testing.tiny import collator, tiny_model, tiny_pool, tokenised
+from hf_eff.testing.torchrun import leave
 from hf_eff.testing.trial import registered
 
 CUT, END, ROWS = 3, 6, 24
@@ -187,9 +187,7 @@ def main():
     dist.init_process_group("gloo")
     shard_on_cpu()
     found = {name: attempt(folder, name) for name in sys.argv[2:] or CASES}
-    if dist.get_rank() == 0:
-        (folder / "found.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave(found, folder)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 Usage: torchrun --nproc_per_node 2 reallocation.py FOLDER
 """
 
-import json
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from hf_eff.testing.torchrun import leave
 from hf_eff.testing.toys import scripted
 from hf_eff.testing.trial import Trial, registered
 
@@ -79,9 +79,7 @@ def main():
         "spent": gathered({name: trainer.ledger.spent()[name] for name in ("flops", "tokens")}),
         "governor": gathered(run.supervisor.state_dict()),
     }
-    if dist.get_rank() == 0:
-        (folder / "found.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave(found, folder)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Usage: torchrun --nproc_per_node 2 two_objectives.py FOLDER
 """
 
 import hashlib
-import json
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch.distributed as dist
 
 from hf_eff import BudgetedTrainingArguments, ZOTrainer
 from hf_eff.testing.tiny import collator, tiny_model, tiny_pool, tiny_tokenizer, tokenised
+from hf_eff.testing.torchrun import leave
 
 
 class Alternating:
@@ -62,9 +62,7 @@ def main():
         "coefficients": gathered([record.coefficients[0] for record in trainer.budgeted_run.replay_log.records]),
         "weights": gathered(weights.hexdigest()),
     }
-    if dist.get_rank() == 0:
-        (folder / "found.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave(found, folder)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Usage: torchrun --nproc_per_node 2 two_ranks.py FOLDER
 
 import dataclasses
 import hashlib
-import json
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from hf_eff.contracts.spec import KINDS
 from hf_eff.errors import PlanError
 from hf_eff.registry import get_method, list_methods
+from hf_eff.testing.torchrun import leave
 from hf_eff.testing.toys import half
 from hf_eff.testing.trial import Trial, outcome_of, registered
 
@@ -74,9 +74,7 @@ def main():
             key = f"{spec.kind}={spec.name}-{trainer_kind}"
             found[key] = train(spec, folder / key, trainer_kind)
     found["drifting"] = train(DRIFTING, folder / "drifting", "trainer")
-    if dist.get_rank() == 0:
-        (folder / "found.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave(found, folder)
 
 
 if __name__ == "__main__":

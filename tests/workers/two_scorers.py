@@ -3,7 +3,6 @@
 Usage: torchrun --nproc_per_node 2 two_scorers.py FOLDER
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from hf_eff.engines.ranks import Ranks
 from hf_eff.registry import get_method, list_methods
 from hf_eff.testing.selection_scene import make_context, pick
+from hf_eff.testing.torchrun import leave
 
 
 class Passes:
@@ -61,9 +61,7 @@ def main():
         together = choose(spec, processes=ranks)
         stored = choose(spec, processes=ranks, folder=folder / f"{name}-{ranks.rank}")
         found[name] = {"alone": choose(spec), "together": gathered(together), "stored": gathered(stored)}
-    if dist.get_rank() == 0:
-        (folder / "found.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave(found, folder)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class ScriptedConfig(MethodConfig):
     actions: str = knob("", "What the run may offer, joined by '+'.")
     window_steps: int = knob(0, "Optimizer steps of a window of rows; 0: a fortieth of the run.", low=0, unit="steps")
     cooldown: float = knob(0.0, "Compute of the cooldown, as a share of what was spent.", low=0.0)
-    restore_best: bool = knob(False, "Put the best weights back on a stop for a rising loss.")
+    restore_best: bool = knob(False, "End with the weights of the best probe where the loss is surely above it.")
     drift_examples: int = knob(8, "Rows of the pool in a drift reading.", low=2, unit="examples")
 
 
