@@ -1,3 +1,4 @@
+import gc
 import os
 
 # Before any import of the stack: no network, no telemetry, no trackers, one thread a worker.
@@ -9,6 +10,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported_modules_are_no_garbage():
+    """Accelerate collects garbage after each training, which with all libraries in sight takes as long as the rest."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

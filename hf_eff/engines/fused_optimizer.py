@@ -49,6 +49,6 @@ class FusedOptimizer(ParameterOptimizer):
         if decay and (self.decoupled_decay or self.rule == "signsgd"):
             wide.mul_(1.0 - lr * decay)
         elif decay:
-            gradient = gradient.to(wide.dtype).add(wide, alpha=decay)
-        wide.add_(gradient.sign() if self.rule == "signsgd" else gradient, alpha=-lr)
+            gradient = gradient.to(wide.dtype).add_(wide, alpha=decay)  # nobody reads it again
+        wide.add_(gradient.sign_() if self.rule == "signsgd" else gradient, alpha=-lr)
         self.write(name, parameter, wide)

@@ -102,15 +102,18 @@ def tiny_target(count: int = 8, seed: int = 1) -> Dataset:
 
 def tokenised(rows: Dataset, tokenizer: PreTrainedTokenizerFast | None = None, max_length: int = 64) -> Dataset:
     """Rows as ``input_ids`` and ``labels`` with the prompt masked, ready for a plain ``Trainer``."""
+    from datasets import Dataset
+
     tokenizer = tokenizer or tiny_tokenizer()
 
-    def encode(row: dict[str, str]) -> dict[str, list[int]]:
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
         prompt = tokenizer(row["prompt"])["input_ids"]
         answer = [*tokenizer(row["completion"])["input_ids"], tokenizer.eos_token_id]
         ids = (prompt + answer)[:max_length]
-        return {"input_ids": ids, "labels": ([-100] * len(prompt) + answer)[:max_length]}
+        rest = {name: value for name, value in row.items() if name not in ("prompt", "completion")}
+        return {**rest, "input_ids": ids, "labels": ([-100] * len(prompt) + answer)[:max_length]}
 
-    return rows.map(encode, remove_columns=["prompt", "completion"])
+    return Dataset.from_list([encode(row) for row in rows])  # map would hash the tokenizer first
 
 
 def collator(tokenizer: PreTrainedTokenizerFast | None = None) -> Any:

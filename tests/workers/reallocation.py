@@ -3,6 +3,7 @@
 Usage: torchrun --nproc_per_node 2 reallocation.py FOLDER
 """
 
+import gc
 import sys
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def train(folder, name, resume=False, **changes):
 def main():
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
+    gc.freeze()  # accelerate collects garbage after each training
     dist.init_process_group("gloo")
     trainer, rows = train(folder, "run")
     again, _ = train(folder, "run", resume=True)

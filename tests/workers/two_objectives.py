@@ -3,6 +3,7 @@
 Usage: torchrun --nproc_per_node 2 two_objectives.py FOLDER
 """
 
+import gc
 import hashlib
 import sys
 from pathlib import Path
@@ -34,6 +35,7 @@ def gathered(value):
 
 def main():
     folder = Path(sys.argv[1])
+    gc.freeze()  # accelerate collects garbage after each training
     dist.init_process_group("gloo")
     args = BudgetedTrainingArguments(
         output_dir=str(folder / "run"),

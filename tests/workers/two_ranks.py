@@ -4,6 +4,7 @@ Usage: torchrun --nproc_per_node 2 two_ranks.py FOLDER
 """
 
 import dataclasses
+import gc
 import hashlib
 import sys
 from pathlib import Path
@@ -66,6 +67,7 @@ def train(spec, folder, trainer_kind):
 
 def main():
     folder = Path(sys.argv[1])
+    gc.freeze()  # accelerate collects garbage after each training
     dist.init_process_group("gloo")
     specs = [get_method(kind, name) for kind in KINDS for name in list_methods(kind)]
     found = {}

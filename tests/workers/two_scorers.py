@@ -3,6 +3,7 @@
 Usage: torchrun --nproc_per_node 2 two_scorers.py FOLDER
 """
 
+import gc
 import sys
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def gathered(value):
 
 def main():
     folder = Path(sys.argv[1])
+    gc.freeze()  # accelerate collects garbage after each training
     dist.init_process_group("gloo")
     ranks = Ranks()
     found = {}
