@@ -118,5 +118,5 @@ def test_notes():
     forwards_only = resolved(memory="mezo", restore_best=True)
     for chosen, facts in ((forwards_only, FACTS), (resolved(restore_best=True), sharded)):
         (lost,) = reallocation_notes(chosen, facts, 80)
-        assert "a stop for a rising loss leaves the last ones" in lost
+        assert "after a rise of the loss the last ones stay" in lost
     assert reallocation_notes(resolved("observe", memory="mezo", restore_best=True), FACTS, 80) == []

@@ -186,6 +186,15 @@ def test_the_resume_command_that_is_printed_resumes(named, tmp_path, capsys):
         assert resumed["currencies"][currency]["measured"] == whole["currencies"][currency]["measured"]
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """A job in the background ignores SIGINT, and so would what it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_in_the_middle_of_a_run_ends_it_with_130_and_the_command_that_goes_on(named, tmp_path):
     out = tmp_path / "out"
     words = [*named, *SHORT, *HALF, "--output_dir", str(out), "--max_steps", "100000", "--save_steps", "2"]
