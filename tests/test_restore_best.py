@@ -108,9 +108,12 @@ def test_any_end_after_a_rise_leaves_the_best_weights(tmp_path, end):
 
 
 def test_a_rise_within_the_noise_leaves_the_last_weights(tmp_path):
-    trainer, seen = watched(tmp_path, "", learning_rate=0.0)
-    assert trainer.budgeted_run.weights_of_step is None
-    assert equal(weights_of(trainer), seen.weights[8])
+    trainer, seen = watched(tmp_path, "7 stop")
+    run = trainer.budgeted_run
+    assert run.best.step == 6
+    assert 0.5 < run.supervisor.probe.chance_above_best < 0.95
+    assert run.weights_of_step is None
+    assert equal(weights_of(trainer), seen.weights[7])
 
 
 def test_resumed_after_the_best_probe_to_the_planned_end(tmp_path):
